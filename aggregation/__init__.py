@@ -1,0 +1,1 @@
+"""Pure maths on LoRA factors: stacking, recompression, verification."""

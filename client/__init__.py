@@ -1,0 +1,1 @@
+"""A client: a model, local data, local training. Knows no database."""

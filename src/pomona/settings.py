@@ -1,0 +1,235 @@
+"""All settings of a run. Frozen, closed, and checked before the first byte is sent."""
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from pomona.errors import ConfigError
+
+Fraction = Annotated[float, Field(gt=0, le=1)]
+AdapterName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelSettings(_Section):
+    """The frozen base model.
+
+    Attributes:
+        base: A name that ships in a package (``all-minilm-l6-v2``) or a folder in Hugging Face's layout.
+        sha256: Refuse any base model with another hash; empty: whatever ``base`` has on the coordinator.
+        target_modules: Last parts of the names of the linear layers to adapt; empty: every linear layer
+            but the head.
+        max_length: Longer texts are cut, in tokens.
+    """
+
+    base: str = "all-minilm-l6-v2"
+    sha256: Sha256 | Literal[""] = ""
+    target_modules: tuple[str, ...] = ()
+    max_length: Annotated[int, Field(ge=4, le=8192)] = 64
+
+
+class DataSettings(_Section):
+    """The coordinator's held-out data, and for simulations everybody's.
+
+    Attributes:
+        source: ``wordnet-nouns`` (ships with the package) or a CSV or JSONL file. Its held-out part scores
+            every round; simulated clients train on the rest.
+        labels: The classes, in order; empty: those of ``source``, sorted. Unused by ``causal-lm``.
+        evaluation_examples: At most this many held-out examples are scored, drawn by seed.
+        evaluation_split: The part to score: ``validation`` or ``test``.
+        partition: How simulated clients share the training part.
+        dirichlet_alpha: Concentration of the label mix of each client; small is non-IID.
+        partition_column: The column that names the client, for ``partition = "column"``.
+    """
+
+    source: str = "wordnet-nouns"
+    labels: tuple[str, ...] = ()
+    evaluation_examples: PositiveInt = 1000
+    evaluation_split: Literal["validation", "test"] = "validation"
+    partition: Literal["iid", "dirichlet", "column"] = "dirichlet"
+    dirichlet_alpha: PositiveFloat = 0.5
+    partition_column: str = ""
+
+    @model_validator(mode="after")
+    def _column_is_named(self) -> Self:
+        if (self.partition == "column") != bool(self.partition_column):
+            raise ValueError(
+                f'partition = "column" and partition_column go together, '
+                f"got partition={self.partition!r} and partition_column={self.partition_column!r}"
+            )
+        return self
+
+
+class CohortSettings(_Section):
+    """Who takes part in a round, and how long it may take.
+
+    Attributes:
+        fraction: Share of the enrolled clients that is asked each round (at least one).
+        size: Ask exactly this many instead.
+        min_clients: Start when this many have enrolled.
+        min_replies: Close a round with at least this many accepted updates; with fewer the run fails.
+        join_timeout_s: Wait this long for ``min_clients``.
+        round_deadline_s: After this the round closes without those who have not answered.
+    """
+
+    fraction: Fraction | None = None
+    size: PositiveInt | None = None
+    min_clients: PositiveInt = 1
+    min_replies: PositiveInt = 1
+    join_timeout_s: PositiveFloat = 120.0
+    round_deadline_s: PositiveFloat = 600.0
+
+    @model_validator(mode="after")
+    def _one_way_to_choose(self) -> Self:
+        if self.fraction is not None and self.size is not None:
+            raise ValueError(
+                f"give cohort.fraction or cohort.size, not both; got fraction={self.fraction} size={self.size}"
+            )
+        if self.size is not None and self.min_replies > self.size:
+            raise ValueError(
+                f"cohort.min_replies={self.min_replies} can never be reached by cohort.size={self.size}; "
+                "lower min_replies or raise size"
+            )
+        return self
+
+
+class TrainingSettings(_Section):
+    """Local training on a client.
+
+    Attributes:
+        local_epochs: Passes over the client's data per round.
+        max_steps: Stop a round after this many optimiser steps; 0: no limit.
+        batch_size: Examples per step.
+        learning_rate: Of AdamW, for the LoRA factors.
+        head_learning_rate: Of AdamW, for the parameters trained whole.
+        weight_decay: Of AdamW.
+        alpha_per_rank: ``alpha = alpha_per_rank * rank`` on every client, so all ranks share one scale.
+        rslora: Scale by ``alpha / sqrt(rank)`` instead of ``alpha / rank``.
+    """
+
+    local_epochs: PositiveInt = 1
+    max_steps: NonNegativeInt = 0
+    batch_size: PositiveInt = 32
+    learning_rate: PositiveFloat = 2e-3
+    head_learning_rate: PositiveFloat = 1e-2
+    weight_decay: NonNegativeFloat = 0.0
+    alpha_per_rank: PositiveFloat = 2.0
+    rslora: bool = False
+
+
+class AggregationSettings(_Section):
+    """How updates become the next global adapter.
+
+    Attributes:
+        strategy: ``flora-bounded`` stacks exactly, then truncates optimally.
+        max_rank: Rank of the global adapter, and the most a client may have.
+        energy: Keep the smallest rank whose singular values hold this share of the energy.
+        max_update_norm: Refuse an update with a larger Frobenius norm over all its layers and heads.
+        max_examples: Refuse an update that claims more examples.
+    """
+
+    strategy: Literal["flora-bounded"] = "flora-bounded"
+    max_rank: Annotated[int, Field(ge=1, le=4096)] = 64
+    energy: Fraction = 1.0
+    max_update_norm: PositiveFloat = 1e4
+    max_examples: PositiveInt = 10_000_000
+
+
+class SimulationSettings(_Section):
+    """What simulated clients have that real ones bring along.
+
+    Attributes:
+        ranks: Rank of client ``i`` is ``ranks[i % len(ranks)]``.
+        cpus_per_client: Share of a core that Ray reserves for one client.
+        gpus_per_client: Share of a GPU that Ray reserves for one client.
+    """
+
+    ranks: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (4, 8, 16, 32)
+    cpus_per_client: PositiveFloat = 1.0
+    gpus_per_client: NonNegativeFloat = 0.0
+
+
+class RunSettings(_Section):
+    """One federated run.
+
+    Attributes:
+        name: The adapter in the registry that the run publishes versions of.
+        task: ``classification`` trains a head beside the adapter, ``causal-lm`` trains the adapter alone.
+        rounds: Number of rounds.
+        seed: Of everything random: cohorts, fresh adapters, initial head, batches.
+    """
+
+    name: AdapterName
+    task: Literal["classification", "causal-lm"] = "classification"
+    rounds: PositiveInt = 3
+    seed: NonNegativeInt = 0
+    model: ModelSettings = ModelSettings()
+    data: DataSettings = DataSettings()
+    cohort: CohortSettings = CohortSettings()
+    training: TrainingSettings = TrainingSettings()
+    aggregation: AggregationSettings = AggregationSettings()
+    simulation: SimulationSettings = SimulationSettings()
+
+    @model_validator(mode="after")
+    def _ranks_fit(self) -> Self:
+        if max(self.simulation.ranks) > self.aggregation.max_rank:
+            raise ValueError(
+                f"simulation.ranks has {max(self.simulation.ranks)}, above "
+                f"aggregation.max_rank={self.aggregation.max_rank}; lower the rank or raise max_rank"
+            )
+        return self
+
+
+def parse_settings(text: str, *, source: str) -> RunSettings:
+    """Parse a run file.
+
+    Args:
+        text: TOML.
+        source: Name of the file, for the error.
+
+    Raises:
+        ConfigError: The text is no TOML, a key is unknown, or values contradict each other.
+    """
+    try:
+        return RunSettings.model_validate(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{source} is not TOML: {error}") from error
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {_explain(error)}") from error
+
+
+def load_settings(path: Path) -> RunSettings:
+    """Read and parse a run file.
+
+    Raises:
+        ConfigError: The file cannot be read, or as in :func:`parse_settings`.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the run file {path}: {error}") from error
+    return parse_settings(text, source=str(path))
+
+
+def _explain(error: ValidationError) -> str:
+    return "; ".join(
+        f"{'.'.join(map(str, item['loc'])) or 'run'}: {item['msg'].removeprefix('Value error, ')}"
+        + ("" if item["type"] in {"extra_forbidden", "missing", "value_error"} else f", got {item['input']!r}")
+        for item in error.errors(include_url=False)
+    )

@@ -1,0 +1,1 @@
+"""The adapter registry: tables, migrations, content-addressed blobs, lineage, export."""
