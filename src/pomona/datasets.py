@@ -1,0 +1,320 @@
+"""Labelled texts: the set that ships with the package, and a user's CSV and JSONL files.
+
+Every row is checked when it is read, and every refusal names the file, the line, what was expected and what
+came. Texts are private: a message quotes columns, labels and split values, but never the text of a row.
+"""
+
+import csv
+import gzip
+import hashlib
+import json
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib.resources import files
+from pathlib import Path
+from threading import Lock
+from typing import IO, Literal, SupportsIndex, get_args
+
+from pomona.errors import DataError
+
+Split = Literal["train", "validation", "test"]
+Task = Literal["classification", "causal-lm"]
+
+WORDNET_NOUNS = "wordnet-nouns"
+MAX_LINE_BYTES = 2**20
+
+_SPLITS: tuple[str, ...] = get_args(Split)
+_FIELD_LIMIT = Lock()
+
+_Row = tuple[str, dict[str, object]]  # where it stands, for messages; its cells
+_ReadRows = Callable[[Iterator[str], str, tuple[str, ...]], Iterator[_Row]]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One text and its class; the label is empty where the task has none."""
+
+    text: str
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """Texts with their labels, in the order of the source.
+
+    Attributes:
+        texts: One per example, never empty.
+        labels: One per example; all empty for ``causal-lm``.
+        columns: Every other column by name, one value per example, ``""`` where a row has none. Holds
+            ``label`` too where the source has it, so that it can name the client for either task.
+        source: Where the examples came from, for messages.
+    """
+
+    texts: tuple[str, ...]
+    labels: tuple[str, ...]
+    columns: Mapping[str, tuple[str, ...]]
+    source: str
+
+    def __post_init__(self) -> None:
+        lengths = [len(column) for column in (self.texts, self.labels, *self.columns.values())]
+        if len(set(lengths)) != 1:
+            raise ValueError(f"expected columns of one length, got the lengths {lengths}")
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __iter__(self) -> Iterator[Example]:
+        return map(Example, self.texts, self.labels)
+
+    def subset(self, indices: Iterable[SupportsIndex]) -> "Dataset":
+        """Return the examples at ``indices``, in that order.
+
+        Raises:
+            IndexError: An index is not in ``[-len, len)``.
+        """
+        chosen = [int(index) for index in indices]
+        return Dataset(
+            texts=tuple(self.texts[i] for i in chosen),
+            labels=tuple(self.labels[i] for i in chosen),
+            columns={name: tuple(column[i] for i in chosen) for name, column in self.columns.items()},
+            source=self.source,
+        )
+
+
+def split_of(text: str, *, seed: int = 0) -> Split:
+    """Return the split a text belongs to: 70 % train, 15 % validation, 15 % test.
+
+    Decided by sha256 of the text alone, so a text stays where it is when rows are added, dropped or
+    reordered, and the same text never lies on both sides.
+
+    Args:
+        text: The text.
+        seed: Another seed gives another split; 0 is the one that the shipped set has.
+
+    Example:
+        >>> split_of("a plane figure with three sides")
+        'train'
+    """
+    key = f"{seed}\n{text}" if seed else text
+    bucket = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % 100
+    return "train" if bucket < 70 else "validation" if bucket < 85 else "test"
+
+
+def load_dataset(
+    source: str | Path, *, split: Split | None, task: Task = "classification", seed: int = 0
+) -> Dataset:
+    """Load a data set and check every row of it.
+
+    Args:
+        source: ``wordnet-nouns`` (ships with the package), a ``.csv`` file with a header, or a ``.jsonl`` file
+            with one object per line; UTF-8. The columns ``text`` and ``label`` are required, ``split`` and
+            any others are free. Blank lines are skipped; integer labels in JSON are read as their digits.
+        split: The part to return; None: everything. Where the source has no column ``split``,
+            :func:`split_of` decides.
+        task: ``causal-lm`` needs no labels and returns empty ones.
+        seed: For :func:`split_of`; without effect on a source that has a column ``split``.
+
+    Raises:
+        DataError: The source is missing, unreadable or malformed, or nothing is left in ``split``.
+    """
+    name = str(source)
+    needed = ("text",) if task == "causal-lm" else ("text", "label")
+    kept: list[tuple[str, str, dict[str, str]]] = []
+    total = 0
+    with _opened(name) as (stream, read_rows):
+        for total, (where, row) in enumerate(read_rows(_lines(stream, name), name, needed), start=1):
+            text, label, own_split = _checked(row, needed, where)
+            if split in (None, own_split or split_of(text, seed=seed)):
+                kept.append(
+                    (text, label, {k: _cell(v) for k, v in row.items() if k not in ("text", "split")})
+                )
+    if not total:
+        raise DataError(f"{name} is empty: expected at least one row, got none")
+    if not kept:
+        raise DataError(
+            f"{name} has no example in split {split!r}, all {total} are in others; add rows or take another split"
+        )
+    return Dataset(
+        texts=tuple(text for text, _, _ in kept),
+        labels=tuple(label for _, label, _ in kept),
+        columns={
+            column: tuple(cells.get(column, "") for _, _, cells in kept)
+            for column in dict.fromkeys(key for _, _, cells in kept for key in cells)
+        },
+        source=name,
+    )
+
+
+def class_names(dataset: Dataset) -> tuple[str, ...]:
+    """Return the distinct labels, sorted."""
+    return tuple(sorted(set(dataset.labels)))
+
+
+def check_labels(dataset: Dataset, labels: Sequence[str]) -> None:
+    """Check that every label of ``dataset`` is one of ``labels``.
+
+    Raises:
+        DataError: One is not; the message names the first, its position and the closest known label.
+    """
+    known = set(labels)
+    for position, label in enumerate(dataset.labels, start=1):
+        if label not in known:
+            raise DataError(
+                f"{dataset.source}: example {position} of {len(dataset)} has the unknown label {_quote(label)}"
+                f"{_closest(label, labels)}; known labels: {_listing(labels)}"
+            )
+
+
+@contextmanager
+def _opened(name: str) -> Iterator[tuple[IO[bytes], _ReadRows]]:
+    try:
+        if name == WORDNET_NOUNS:
+            packed = files("pomona.wordnet").joinpath("nouns.csv.gz")
+            with packed.open("rb") as file, gzip.open(file) as stream:
+                yield stream, _csv_rows
+            return
+        path = Path(name)
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            kind = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
+            raise DataError(f"{name} is {kind}; name one .csv or .jsonl file")
+        if path.suffix.lower() not in _READERS:
+            raise DataError(f"expected a data file that ends in .csv or .jsonl, got {name!r}")
+        with path.open("rb") as stream:
+            yield stream, _READERS[path.suffix.lower()]
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DataError(
+            f"no data file {name!r}; expected {WORDNET_NOUNS!r} or the path of a .csv or .jsonl file"
+            f"{_closest(name, [WORDNET_NOUNS])}"
+        ) from error
+    except OSError as error:
+        raise DataError(f"cannot read the data file {name}: {error}") from error
+
+
+def _lines(stream: IO[bytes], name: str) -> Iterator[str]:
+    number = 0
+    while raw := stream.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        if len(raw) > MAX_LINE_BYTES:
+            raise DataError(f"{name} line {number} is longer than {MAX_LINE_BYTES} bytes; cut the text")
+        try:
+            yield raw.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{name} line {number} is not UTF-8 (byte {raw[error.start]:#04x} at position {error.start}); "
+                "save the file as UTF-8"
+            ) from error
+
+
+def _csv_rows(lines: Iterator[str], name: str, needed: tuple[str, ...]) -> Iterator[_Row]:
+    reader = csv.reader(lines, strict=True)
+    header: list[str] = []
+    while True:
+        where = f"{name} line {reader.line_num + 1}"
+        try:
+            with _field_limit():
+                fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise DataError(f"{where} is not CSV: {error}; look for an unbalanced quote") from error
+        if fields and not header:
+            header = fields
+            _check_columns(header, needed, where)
+            if len(set(header)) != len(header):
+                raise DataError(f"{where}: expected distinct columns, got {_listing(header)}")
+        elif fields and len(fields) != len(header):
+            raise DataError(
+                f"{where}: expected {len(header)} fields ({_listing(header)}), got {len(fields)}; "
+                "a text with commas, quotes or line breaks must be quoted"
+            )
+        elif fields:
+            yield where, dict(zip(header, fields, strict=True))
+
+
+@contextmanager
+def _field_limit() -> Iterator[None]:
+    # the csv module keeps one limit for the whole process, and 128 KiB is less than a line may have
+    with _FIELD_LIMIT:
+        before = csv.field_size_limit(MAX_LINE_BYTES)
+        try:
+            yield
+        finally:
+            csv.field_size_limit(before)
+
+
+def _jsonl_rows(lines: Iterator[str], name: str, needed: tuple[str, ...]) -> Iterator[_Row]:
+    for number, line in enumerate(lines, start=1):
+        where = f"{name} line {number}"
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line, object_pairs_hook=_distinct)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where} is not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{where}: expected a JSON object, got {_kind(row)}")
+        _check_columns(list(row), needed, where)
+        yield where, row
+
+
+def _distinct(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    row = dict(pairs)
+    if len(row) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {_quote(next(key for key in keys if keys.count(key) > 1))} comes twice")
+    return row
+
+
+def _check_columns(columns: Sequence[str], needed: tuple[str, ...], where: str) -> None:
+    if not set(needed) <= set(columns):
+        raise DataError(f"{where}: expected the columns {' and '.join(needed)}, got {_listing(columns)}")
+
+
+def _checked(row: Mapping[str, object], needed: tuple[str, ...], where: str) -> tuple[str, str, str]:
+    """Return text, label and split of a row; the last two are empty where there is none."""
+    split = row.get("split", "")
+    if "split" in row and split not in _SPLITS:
+        raise DataError(f"{where}: expected a split out of {', '.join(_SPLITS)}, got {_quote(split)}")
+    cells = [
+        str(row[column]) if column == "label" and type(row[column]) is int else row[column]
+        for column in needed
+    ]
+    for column, cell in zip(needed, cells, strict=True):
+        if not isinstance(cell, str):
+            raise DataError(f"{where}: expected a string as {column}, got {_kind(cell)}")
+        if not cell.strip():
+            raise DataError(f"{where}: the {column} is empty; fill it in or drop the row")
+        if any("\ud800" <= character <= "\udfff" for character in cell):
+            raise DataError(f"{where}: the {column} holds half a surrogate pair, which UTF-8 cannot carry")
+    return str(cells[0]), str(cells[1]) if len(cells) == 2 else "", str(split)
+
+
+def _cell(value: object) -> str:
+    return value if isinstance(value, str) else "" if value is None else json.dumps(value, sort_keys=True)
+
+
+def _kind(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _quote(value: object, *, width: int = 40) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= width else f"{shown[: width - 3]}..."
+
+
+def _listing(names: Sequence[str], *, most: int = 12) -> str:
+    rest = f", ... ({len(names)} in all)" if len(names) > most else ""
+    return ", ".join(map(_quote, names[:most])) + rest
+
+
+def _closest(name: str, known: Sequence[str]) -> str:
+    close = get_close_matches(name, known, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+_READERS: dict[str, _ReadRows] = {".csv": _csv_rows, ".jsonl": _jsonl_rows}

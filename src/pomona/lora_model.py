@@ -1,0 +1,297 @@
+"""A frozen base model under a frozen global adapter and a fresh trainable one.
+
+Both ends of a run use it: a client trains the fresh adapter, the coordinator scores the global one. The layers are
+PEFT's; their forward pass is one fused function (:mod:`pomona.kernels.lora_linear`), which gives what PEFT's gives.
+Dropout is off throughout: on a CPU it costs more than it brings to an adapter that is trained for one round.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MethodType
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear as LoraLayer
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from pomona.adapters import AdapterWeights, LoraFactors
+from pomona.base_model import base_model_sha256
+from pomona.batches import Encoded, batches, encode
+from pomona.errors import BaseModelError
+from pomona.kernels.lora_linear import lora_linear
+from pomona.manifest import AdapterManifest
+
+Task = Literal["classification", "causal-lm"]
+
+_GLOBAL = "global"
+_LOCAL = "local"
+_SCORE_BATCH = 64
+_HEAD_STDDEV = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Quality on held-out data: share of right classes (or next tokens), and mean loss."""
+
+    accuracy: float
+    loss: float
+
+
+class AdaptedModel:
+    """A base model whose weights never change, and the adapters on it.
+
+    Attributes:
+        manifest: Shapes of every adapted layer and head.
+    """
+
+    def __init__(self, path: Path, *, task: Task, labels: Sequence[str], target_modules: Sequence[str] = ()) -> None:
+        """Load a base model.
+
+        Args:
+            path: Folder in Hugging Face's layout with safetensors weights.
+            task: What the model is for.
+            labels: Class names, in the order of the head's outputs; unused by ``causal-lm``.
+            target_modules: Last parts of the names of the layers to adapt; empty: all linear layers but heads.
+
+        Raises:
+            BaseModelError: The folder cannot be loaded, or no layer has such a name.
+        """
+        self._model, self.tokenizer = _load(path, task, len(labels))
+        self._labels = {label: i for i, label in enumerate(labels)}
+        self._task = task
+        self._head_names = _head_parameters(self._model) if task == "classification" else []
+        layers = _linear_layers(self._model, target_modules, self._head_names)
+        parameters = dict(self._model.named_parameters())
+        self.manifest = AdapterManifest(
+            base_sha256=base_model_sha256(path),
+            layers=layers,
+            heads={name: tuple(parameters[name].shape) for name in self._head_names},
+        )
+        self._peft: PeftModel | None = None
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._model.requires_grad_(requires_grad=False).eval().to(self._device)
+
+    def encode(self, texts: Sequence[str], labels: Sequence[str], *, max_length: int) -> Encoded:
+        """Tokenise examples; labels must be among the model's."""
+        targets = [] if self._task == "causal-lm" else [self._labels[label] for label in labels]
+        return encode(texts, targets, tokenizer=self.tokenizer, max_length=max_length)
+
+    def initial_heads(self, *, seed: int) -> dict[str, Tensor]:
+        """Return the heads that a run starts from: weights N(0, 0.02^2), biases zero."""
+        heads = {}
+        for name, shape in self.manifest.heads.items():
+            generator = _generator(f"head:{seed}:{name}")
+            heads[name] = (
+                torch.randn(shape, generator=generator) * _HEAD_STDDEV if len(shape) > 1 else torch.zeros(shape)
+            )
+        return heads
+
+    def attach(self, weights: AdapterWeights, *, rank: int = 0, alpha: float = 1.0, rslora: bool = False, seed: int = 0) -> None:
+        """Put a global adapter on the base, frozen, and a fresh trainable one over it.
+
+        The fresh adapter has ``B = 0``, so the model computes what the global one computes. Its A is a function of
+        ``seed`` and the layer alone, and that of a smaller rank is the first rows of that of a larger one.
+
+        Args:
+            weights: The global adapter, with the scale folded in, and the heads.
+            rank: Of the fresh adapter; 0: none, for scoring.
+            alpha: LoRA alpha of the fresh adapter.
+            rslora: Scale by ``alpha / sqrt(rank)``.
+            seed: Shared by all clients of a round.
+        """
+        self.detach()
+        if rank:
+            self._add(_LOCAL, rank, alpha, rslora=rslora)
+        if weights.layers:
+            self._add(_GLOBAL, weights.rank, weights.rank)
+        for name, layer in self._lora_layers():
+            _fill(layer, name, weights.layers.get(name), seed=seed)
+            layer.forward = MethodType(_fused_forward, layer)  # type: ignore[method-assign]
+        self._set_heads(weights, trainable=rank > 0)
+
+    def detach(self) -> None:
+        """Remove all adapters; the base model is as it was loaded."""
+        if self._peft is not None:
+            self._model = self._peft.unload()  # type: ignore[no-untyped-call, operator]
+            self._peft = None
+
+    def parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """Return the trainable LoRA factors and the trainable head parameters."""
+        lora = [
+            parameter
+            for _, layer in self._lora_layers()
+            for parameter in (layer.lora_A[_LOCAL].weight, layer.lora_B[_LOCAL].weight)
+        ]
+        named = dict(self._model.named_parameters())
+        return lora, [named[name] for name in self._head_names]
+
+    def local_weights(self) -> AdapterWeights:
+        """Return copies of the fresh adapter's factors, unscaled, and of the heads, float32 on the CPU."""
+        layers = {
+            name: LoraFactors(a=_copy(layer.lora_A[_LOCAL].weight), b=_copy(layer.lora_B[_LOCAL].weight))
+            for name, layer in self._lora_layers()
+        }
+        named = dict(self._model.named_parameters())
+        return AdapterWeights(layers=layers, heads={name: _copy(named[name]) for name in self._head_names})
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return the mean loss of a batch, a scalar with gradient."""
+        return self._forward(batch).loss  # type: ignore[no-any-return]
+
+    @torch.inference_mode()
+    def score(self, data: Encoded) -> Scores:
+        """Score the model with what is attached to it."""
+        right, loss, count = 0, 0.0, 0
+        for batch in batches(data, batch_size=_SCORE_BATCH, generator=None):
+            output = self._forward(batch)
+            logits, labels = output.logits, batch["labels"].to(self._device)
+            if self._task == "causal-lm":
+                logits, labels = logits[:, :-1], labels[:, 1:]
+            real = labels >= 0
+            right += int(((logits.argmax(-1) == labels) & real).sum())
+            loss += float(output.loss) * int(real.sum())
+            count += int(real.sum())
+        return Scores(accuracy=right / max(count, 1), loss=loss / max(count, 1))
+
+    @torch.inference_mode()
+    def logits(self, data: Encoded) -> Tensor:
+        """Return the outputs for each example of a classification set in order, ``(examples, classes)``."""
+        return torch.cat([
+            self._forward(batch).logits.float().cpu()
+            for i in range(0, len(data), _SCORE_BATCH)
+            for batch in batches(_slice(data, i), batch_size=1, generator=None)
+        ]) if len(data) else torch.zeros(0)
+
+    def base_digest(self) -> str:
+        """Return a hash of the base model's weights as they are in memory, heads left out."""
+        digest = hashlib.sha256()
+        for name, parameter in sorted(self._model.named_parameters()):
+            if name not in self._head_names and "lora_" not in name:
+                digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def _forward(self, batch: dict[str, Tensor]) -> Any:  # noqa: ANN401 - transformers' output classes
+        return self._model(**{key: value.to(self._device) for key, value in batch.items()})
+
+    def _add(self, name: str, rank: int, alpha: float, *, rslora: bool = False) -> None:
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=alpha,  # type: ignore[arg-type]
+            use_rslora=rslora,
+            target_modules=list(self.manifest.layers),
+            lora_dropout=0.0,
+            init_lora_weights=False,
+        )
+        if self._peft is None:
+            self._peft = get_peft_model(self._model, config, adapter_name=name)  # type: ignore[assignment]
+        else:
+            self._peft.add_adapter(name, config)
+
+    def _lora_layers(self) -> Iterator[tuple[str, LoraLayer]]:
+        for name, module in self._model.named_modules():
+            if isinstance(module, LoraLayer):
+                yield name, module
+
+    def _set_heads(self, weights: AdapterWeights, *, trainable: bool) -> None:
+        named = dict(self._model.named_parameters())
+        for name in self._head_names:
+            named[name].data.copy_(weights.heads[name])
+            named[name].requires_grad_(requires_grad=trainable)
+
+
+def fresh_a(module: str, rank: int, in_features: int, *, seed: int) -> Tensor:
+    """Return the down-projection that every client starts a round from, ``(rank, in)``.
+
+    Uniform in ``[-1/sqrt(in), 1/sqrt(in)]``, which is PEFT's Kaiming initialisation. One stream of numbers fills
+    the rows in order, so a smaller rank gets the first rows of a larger one.
+    """
+    bound = 1.0 / math.sqrt(in_features)
+    return (torch.rand(rank, in_features, generator=_generator(f"lora_A:{seed}:{module}")) * 2 - 1) * bound
+
+
+def _load(path: Path, task: Task, num_labels: int) -> tuple[PreTrainedModel, Any]:
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    loader: Any = AutoModelForCausalLM if task == "causal-lm" else AutoModelForSequenceClassification
+    options = {} if task == "causal-lm" else {"num_labels": num_labels}
+    try:
+        model = loader.from_pretrained(
+            path, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=torch.float32, **options
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise BaseModelError(f"cannot load the base model in {path} for {task}: {error}") from error
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    return model, tokenizer
+
+
+def _head_parameters(model: PreTrainedModel) -> list[str]:
+    inside = f"{model.base_model_prefix}."
+    return [name for name, _ in model.named_parameters() if not name.startswith(inside)]
+
+
+def _linear_layers(model: PreTrainedModel, wanted: Sequence[str], heads: Sequence[str]) -> dict[str, tuple[int, int]]:
+    found = {
+        name: (module.out_features, module.in_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and f"{name}.weight" not in heads
+        and module is not model.get_output_embeddings()
+        and (not wanted or name.rsplit(".", 1)[-1] in wanted)
+    }
+    if not found:
+        raise BaseModelError(
+            f"no linear layer of the base model is called {', '.join(wanted) or 'anything'}; "
+            "set model.target_modules to names that it has"
+        )
+    return found
+
+
+def _fill(layer: LoraLayer, name: str, factors: LoraFactors | None, *, seed: int) -> None:
+    if _LOCAL in layer.lora_A:
+        a, b = layer.lora_A[_LOCAL].weight, layer.lora_B[_LOCAL].weight
+        a.data.copy_(fresh_a(name, a.shape[0], a.shape[1], seed=seed))
+        b.data.zero_()
+        a.requires_grad_(requires_grad=True)
+        b.requires_grad_(requires_grad=True)
+    if _GLOBAL in layer.lora_A:
+        a, b = layer.lora_A[_GLOBAL].weight, layer.lora_B[_GLOBAL].weight
+        a.data.zero_()
+        b.data.zero_()
+        a.requires_grad_(requires_grad=False)
+        b.requires_grad_(requires_grad=False)
+        if factors is not None:
+            a.data[: factors.rank].copy_(factors.a * factors.scale)
+            b.data[:, : factors.rank].copy_(factors.b)
+
+
+def _fused_forward(layer: LoraLayer, x: Tensor, *_args: object, **_options: object) -> Tensor:
+    base = layer.get_base_layer()
+    adapters = [
+        (layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name]))
+        for name in (_LOCAL, _GLOBAL)
+        if name in layer.lora_A
+    ]
+    frozen = adapters[1][:2] if len(adapters) > 1 else None
+    return lora_linear(x, base.weight, base.bias, adapters[0], frozen)
+
+
+def _generator(key: str) -> torch.Generator:
+    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
+    return torch.Generator().manual_seed(seed)
+
+
+def _copy(parameter: Tensor) -> Tensor:
+    return parameter.detach().to("cpu", torch.float32, copy=True).contiguous()
+
+
+def _slice(data: Encoded, start: int) -> Encoded:
+    stop = start + _SCORE_BATCH
+    return Encoded(data.tokens[start:stop], data.targets[start:stop], data.pad_id)

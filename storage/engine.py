@@ -1,0 +1,145 @@
+"""The connection to the database: everything that differs between SQLite and PostgreSQL is here.
+
+SQLite runs with a write-ahead log and full synchronisation. A writing transaction takes the write lock at its
+start, because one that begins by reading can be refused later without waiting.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import sqlalchemy as sa
+from sqlalchemy import event
+from sqlalchemy.engine import make_url
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.pool import ConnectionPoolEntry
+
+from pomona.errors import ConfigError, RegistryUnavailable
+
+BUSY_TIMEOUT_S = 30.0
+
+_WRITES = "pomona_writes"
+
+
+def sqlite_url(path: Path, *, read_only: bool) -> str:
+    """Return the URL of a SQLite file.
+
+    A log-keeping database in a folder that cannot be written can only be read as an unchanging file.
+    """
+    if not read_only:
+        return f"sqlite:///{path}"
+    log = path.with_name(path.name + "-wal")
+    unchanging = not os.access(path.parent, os.W_OK) and not log.exists()
+    return sa.URL.create(
+        "sqlite",
+        database=path.absolute().as_uri(),
+        query={"uri": "true", "mode": "ro"} | ({"immutable": "1"} if unchanging else {}),
+    ).render_as_string(hide_password=False)
+
+
+def create_engine(url: str, *, read_only: bool) -> sa.Engine:
+    """Return an engine; nothing is connected yet.
+
+    Raises:
+        ConfigError: The URL is malformed or names a database that is not supported.
+        RegistryUnavailable: The driver is not installed.
+    """
+    try:
+        parsed = make_url(url)
+    except ArgumentError as error:
+        raise ConfigError(
+            "the registry URL cannot be read; expected postgresql://user@host/database or sqlite:///path"
+        ) from error
+    if parsed.drivername == "postgresql":
+        parsed = parsed.set(drivername="postgresql+psycopg")
+    match parsed.get_backend_name():
+        case "sqlite":
+            engine = sa.create_engine(parsed)
+            event.listen(engine, "connect", _prepare_sqlite)
+            event.listen(engine, "begin", _begin_sqlite)
+            if read_only:
+                event.listen(engine, "connect", _refuse_writes)
+            return engine
+        case "postgresql":
+            return _create_postgresql(parsed, read_only=read_only)
+        case other:
+            raise ConfigError(f"expected a registry URL of sqlite or postgresql, got {other!r}")
+
+
+def _create_postgresql(url: sa.URL, *, read_only: bool) -> sa.Engine:
+    options = {"postgresql_readonly": True} if read_only else {}
+    try:
+        return sa.create_engine(url, pool_pre_ping=True, execution_options=options)
+    except ImportError as error:
+        raise RegistryUnavailable("PostgreSQL needs its driver: pip install 'pomona[postgres]'") from error
+
+
+@contextmanager
+def reading(engine: sa.Engine) -> Iterator[sa.Connection]:
+    """Open a transaction that sees one state of the database.
+
+    Raises:
+        RegistryUnavailable: The database cannot be reached or read.
+    """
+    with database_errors(engine), engine.begin() as connection:
+        yield connection
+
+
+@contextmanager
+def writing(engine: sa.Engine) -> Iterator[sa.Connection]:
+    """Open a transaction that is committed at the end, or leaves nothing.
+
+    Raises:
+        RegistryUnavailable: The database cannot be reached or written.
+    """
+    with database_errors(engine), engine.execution_options(**{_WRITES: True}).begin() as connection:
+        yield connection
+
+
+@contextmanager
+def database_errors(engine: sa.Engine) -> Iterator[None]:
+    """Turn what the driver raises into RegistryUnavailable; broken constraints pass, they are answers."""
+    try:
+        yield
+    except IntegrityError:
+        raise
+    except (DBAPIError, PoolTimeout) as error:
+        cause = getattr(error, "orig", None) or error
+        where = engine.url.render_as_string(hide_password=True)
+        raise RegistryUnavailable(
+            f"the registry database {where} cannot be used: {' '.join(str(cause).split())}; "
+            "check that it runs, that it is not locked, and that it may be written"
+        ) from error
+
+
+def keep_log(engine: sa.Engine) -> None:
+    """Switch SQLite to a write-ahead log, which readers and one writer can share; elsewhere do nothing."""
+    if engine.dialect.name == "sqlite":
+        with database_errors(engine), engine.connect() as connection:
+            raw = connection.connection.dbapi_connection
+            if raw is not None:
+                raw.cursor().execute("PRAGMA journal_mode = WAL")
+
+
+def _prepare_sqlite(connection: DBAPIConnection, _record: ConnectionPoolEntry) -> None:
+    connection.isolation_level = None  # the driver would otherwise leave DDL outside transactions
+    cursor = connection.cursor()
+    for pragma in (
+        f"busy_timeout = {int(BUSY_TIMEOUT_S * 1000)}",
+        "foreign_keys = ON",
+        "synchronous = FULL",
+    ):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _refuse_writes(connection: DBAPIConnection, _record: ConnectionPoolEntry) -> None:
+    connection.cursor().execute("PRAGMA query_only = ON")
+
+
+def _begin_sqlite(connection: sa.Connection) -> None:
+    writes = connection.get_execution_options().get(_WRITES, False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")

@@ -1,0 +1,67 @@
+"""What a version is made of, back to the first."""
+
+from collections.abc import Mapping, Sequence
+
+import sqlalchemy as sa
+
+from pomona.storage import tables as t
+from pomona.storage import versions
+from pomona.storage.records import LineageNode, Submission, Version
+from pomona.storage.rounds import submissions
+
+
+def trace(connection: sa.Connection, ref: str) -> LineageNode:
+    """Return a version with all its ancestors.
+
+    Raises:
+        AdapterNotFound: There is no such version.
+    """
+    root = versions.resolve(connection, ref)
+    edges = _edges_below(connection, root.id)
+    ids = {root.id} | {edge.parent_id for edge in edges}
+    found = {item.id: item for item in versions.load(connection, t.version.c.id.in_(_ancestry(root.id)))}
+    parents: dict[int, list[LineageNode]] = {key: [] for key in ids}
+    sent = _submissions_of(connection, list(found.values()))
+    # ids grow from parent to child, so a parent is complete before a child asks for it
+    for edge in sorted(edges, key=lambda edge: (edge.child_id, edge.parent_id)):
+        parents[edge.child_id].append(
+            LineageNode(
+                version=found[edge.parent_id],
+                kind=edge.kind,
+                coefficient=edge.coefficient,
+                parents=parents[edge.parent_id],
+                submissions=sent[edge.parent_id],
+            )
+        )
+    return LineageNode(
+        version=root, kind="", coefficient=1.0, parents=parents[root.id], submissions=sent[root.id]
+    )
+
+
+def _ancestry(version_id: int) -> sa.Select[tuple[int]]:
+    start = sa.select(sa.literal(version_id, sa.Integer).label("id")).cte("ancestry", recursive=True)
+    step = sa.select(t.lineage.c.parent_id).join(start, start.c.id == t.lineage.c.child_id)
+    return sa.select(start.union(step).c.id)
+
+
+def _edges_below(connection: sa.Connection, version_id: int) -> Sequence[sa.Row[tuple[object, ...]]]:
+    return connection.execute(
+        sa.select(t.lineage).where(t.lineage.c.child_id.in_(_ancestry(version_id)))
+    ).all()
+
+
+def _submissions_of(
+    connection: sa.Connection, ancestors: Sequence[Version]
+) -> Mapping[int, Sequence[Submission]]:
+    by_round = {
+        run_id: submissions(connection, run_id, None)
+        for run_id in {version.run_id for version in ancestors if version.run_id is not None}
+    }
+    return {
+        version.id: tuple(
+            item
+            for item in by_round.get(version.run_id or "", ())
+            if item.round_number == version.round_number
+        )
+        for version in ancestors
+    }

@@ -1,0 +1,97 @@
+"""Closing a round: one transaction writes the version and everything that says what it is made of."""
+
+import math
+from datetime import UTC, datetime
+
+import sqlalchemy as sa
+
+from pomona.errors import BaseModelError, RegistryError
+from pomona.storage import rounds, versions
+from pomona.storage import tables as t
+from pomona.storage.records import NewVersion, Version
+from pomona.storage.values import json_value, metrics, real
+
+
+def publish_round(connection: sa.Connection, new: NewVersion, sha256: str) -> Version:
+    """Publish the result of an open round as the next version of the run's adapter.
+
+    Raises:
+        BaseModelError: It was not made on the run's base model.
+        RegistryError: It is for another adapter, or weighs a client that has no accepted submission.
+        VersionConflict: The round is closed already.
+    """
+    _require_run(connection, new)
+    closed = rounds.close_round(
+        connection,
+        new.run_id,
+        new.round_number,
+        state="committed",
+        bytes_down=new.bytes_down,
+        bytes_up=new.bytes_up,
+        seconds=new.seconds,
+    )
+    version_id = _insert_version(connection, new, sha256)
+    if closed.parent_id is not None:
+        edge = {"child_id": version_id, "parent_id": closed.parent_id, "kind": "parent", "coefficient": 1.0}
+        connection.execute(sa.insert(t.lineage).values(**edge))
+    scores = [
+        {"version_id": version_id, "key": key, "value": value} for key, value in metrics(new.metrics).items()
+    ]
+    if scores:
+        connection.execute(sa.insert(t.metric), scores)
+    _link_submissions(connection, new, version_id)
+    return versions.load(connection, t.version.c.id == version_id)[0]
+
+
+def _require_run(connection: sa.Connection, new: NewVersion) -> None:
+    run = rounds.run(connection, new.run_id)
+    if new.adapter != run.adapter:
+        raise RegistryError(f"run {run.id} publishes versions of {run.adapter!r}, got one of {new.adapter!r}")
+    if new.base_sha256 != run.base_sha256:
+        raise BaseModelError(
+            f"run {run.id} trains on base model {run.base_sha256[:12]}, "
+            f"got a version on {new.base_sha256[:12]}"
+        )
+    if real(new.retained_energy) is None or not math.isfinite(new.seconds):
+        raise RegistryError(
+            f"expected finite numbers, got retained_energy={new.retained_energy} and seconds={new.seconds}"
+        )
+
+
+def _insert_version(connection: sa.Connection, new: NewVersion, sha256: str) -> int:
+    of_adapter = sa.select(sa.func.max(t.version.c.version)).filter_by(adapter_name=new.adapter)
+    values = {
+        "adapter_name": new.adapter,
+        "version": (connection.scalar(of_adapter) or 0) + 1,
+        "blob_sha256": sha256,
+        "bytes": len(new.payload),
+        "base_sha256": new.base_sha256,
+        "rank": new.rank,
+        "kind": "round",
+        "exactness": new.exactness,
+        "retained_energy": new.retained_energy,
+        "run_id": new.run_id,
+        "round": new.round_number,
+        "recipe": json_value(new.recipe),
+        "created_at": datetime.now(UTC),
+    }
+    return connection.execute(sa.insert(t.version).values(**values).returning(t.version.c.id)).scalar_one()
+
+
+def _link_submissions(connection: sa.Connection, new: NewVersion, version_id: int) -> None:
+    accepted = (
+        t.submission.c.run_id == new.run_id,
+        t.submission.c.round == new.round_number,
+        t.submission.c.status == "accepted",
+    )
+    ids = dict(
+        connection.execute(sa.select(t.submission.c.client, t.submission.c.id).where(*accepted)).tuples()
+    )
+    if strangers := sorted(set(new.weights) - set(ids)):
+        raise RegistryError(
+            f"round {new.round_number} of run {new.run_id} has no accepted submission of "
+            f"{', '.join(map(repr, strangers))}, so they cannot have a weight; nothing was published"
+        )
+    for client, weight in new.weights.items():
+        values = {"version_id": version_id, "weight": real(weight)}
+        connection.execute(sa.update(t.submission).where(t.submission.c.id == ids[client]).values(**values))

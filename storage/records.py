@@ -1,0 +1,254 @@
+"""What goes into the registry and what comes out: frozen records, nothing of the database behind them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Literal
+
+RunState = Literal["running", "finished", "failed"]
+RoundState = Literal["open", "committed", "failed"]
+SubmissionStatus = Literal["accepted", "rejected", "late"]
+Exactness = Literal["exact", "truncated"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewSubmission:
+    """One client's answer, as it is to be recorded.
+
+    Attributes:
+        run_id: The run.
+        round_number: The round, from 1.
+        client: Name of the client.
+        rank: LoRA rank that the client states.
+        alpha: LoRA alpha that the client states.
+        num_examples: Size of the training set that the client states.
+        nonce: New for every update; sent again, it names the same update.
+        status: ``accepted`` keeps the payload, ``rejected`` and ``late`` only its hash and size.
+        reason: Why it was not accepted.
+        payload: The bytes as they came.
+        train_loss: Mean loss that the client states.
+    """
+
+    run_id: str
+    round_number: int
+    client: str
+    rank: int
+    alpha: float
+    num_examples: int
+    nonce: str
+    status: SubmissionStatus
+    reason: str = ""
+    payload: bytes = field(repr=False)
+    train_loss: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submission:
+    """One client's answer, as it was recorded.
+
+    Numbers that the client stated are ``None`` where they were no finite number of a sensible size.
+
+    Attributes:
+        id: The receipt: the same update recorded again has the same one.
+        sha256: Hash of the payload.
+        bytes: Size of the payload.
+        weight: Its weight in the version it went into.
+        version: Reference of the version it went into.
+    """
+
+    id: int
+    run_id: str
+    round_number: int
+    client: str
+    rank: int | None
+    alpha: float | None
+    num_examples: int | None
+    sha256: str
+    bytes: int
+    nonce: str
+    status: SubmissionStatus
+    reason: str
+    weight: float | None
+    received_at: datetime
+    train_loss: float | None
+    version: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewVersion:
+    """The result of a round, as it is to be published.
+
+    Attributes:
+        run_id: The run.
+        round_number: The round that this closes.
+        adapter: Name of the adapter; must be that of the run.
+        payload: The adapter's safetensors bytes, scale folded in.
+        base_sha256: Hash of the base model's weights.
+        rank: Largest rank of any layer.
+        exactness: Whether the aggregate was kept whole or truncated.
+        retained_energy: Share of the aggregate's energy that was kept, smallest over layers.
+        recipe: How it was made: ``task``, ``strategy``, ``labels`` and whatever else explains it.
+        metrics: Scores of this version.
+        weights: Weight of every client that went into it.
+        bytes_down: Bytes sent to clients in the round.
+        bytes_up: Bytes received from clients in the round.
+        seconds: Wall-clock time of the round.
+    """
+
+    run_id: str
+    round_number: int
+    adapter: str
+    payload: bytes = field(repr=False)
+    base_sha256: str
+    rank: int
+    exactness: Exactness
+    retained_energy: float = 1.0
+    recipe: Mapping[str, object] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=dict)
+    bytes_down: int = 0
+    bytes_up: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Version:
+    """One immutable version of an adapter; only its tags and the aliases that point at it ever change.
+
+    Attributes:
+        adapter: Name of the adapter.
+        number: From 1, without gaps.
+        sha256: Hash of the payload.
+        bytes: Size of the payload.
+        kind: How it came to be: ``round``.
+        metrics: Scores; one that was not finite reads as NaN.
+    """
+
+    id: int
+    adapter: str
+    number: int
+    sha256: str
+    bytes: int
+    base_sha256: str
+    base_model: str
+    rank: int
+    kind: str
+    exactness: Exactness
+    retained_energy: float
+    run_id: str | None
+    round_number: int | None
+    recipe: Mapping[str, object]
+    created_at: datetime
+    metrics: Mapping[str, float]
+    tags: Mapping[str, str]
+    aliases: Sequence[str]
+
+    @property
+    def ref(self) -> str:
+        """The reference that will always name this version."""
+        return f"{self.adapter}/{self.number}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One federated run.
+
+    Attributes:
+        settings_json: The settings, as text.
+        initial_metrics: Scores before the first round.
+    """
+
+    id: str
+    adapter: str
+    base_sha256: str
+    settings_json: str
+    state: RunState
+    reason: str
+    started_at: datetime
+    finished_at: datetime | None
+    initial_metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Round:
+    """One round of a run.
+
+    Attributes:
+        parent: Reference of the version that clients trained on; ``None`` where there was none.
+        cohort: Names of the clients that were asked.
+        accepted: Number of accepted submissions so far; likewise ``rejected`` and ``late``.
+        version: What the round published, once committed.
+    """
+
+    run_id: str
+    number: int
+    state: RoundState
+    reason: str
+    parent: str | None
+    cohort: Sequence[str]
+    opened_at: datetime
+    closed_at: datetime | None
+    bytes_down: int
+    bytes_up: int
+    seconds: float
+    accepted: int
+    rejected: int
+    late: int
+    version: Version | None
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """Scores of the published version, empty before that."""
+        return self.version.metrics if self.version else {}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Client:
+    """A client that enrolled in a run.
+
+    Attributes:
+        excluded: Why it takes no part, ``""`` when it does.
+    """
+
+    run_id: str
+    name: str
+    rank: int | None
+    num_examples: int | None
+    excluded: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterSummary:
+    """One adapter in a listing.
+
+    Attributes:
+        versions: How many there are.
+        latest: The newest, ``None`` before the first is published.
+        aliases: Version number by alias.
+    """
+
+    name: str
+    created_at: datetime
+    versions: int
+    latest: Version | None
+    aliases: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LineageNode:
+    """A version, how its child came from it, and what it was made of.
+
+    Nodes are shared where two children have one parent.
+
+    Attributes:
+        kind: Kind of the edge to the child, ``""`` at the root.
+        coefficient: Share of this version in the child, 1 at the root.
+        parents: What this version was made from.
+        submissions: What clients sent for the round that made it, not only what was accepted.
+    """
+
+    version: Version
+    kind: str
+    coefficient: float
+    parents: Sequence["LineageNode"] = field(repr=False)
+    submissions: Sequence[Submission] = field(repr=False)

@@ -1,0 +1,303 @@
+"""The registry: a database for facts, a folder for bytes, and one object that keeps them in step.
+
+Bytes are on disk before a row names them, and a row is committed before anybody is told.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypeVar
+
+import sqlalchemy as sa
+from platformdirs import user_data_path
+from pydantic import TypeAdapter, ValidationError
+from sqlalchemy.exc import IntegrityError
+
+from pomona.errors import ConfigError, RegistryUnavailable, VersionConflict
+from pomona.settings import AdapterName
+from pomona.storage import lineage, publishing, rounds, schema, versions
+from pomona.storage import tables as t
+from pomona.storage.blobs import BlobStore
+from pomona.storage.engine import create_engine, reading, sqlite_url, writing
+from pomona.storage.records import (
+    AdapterSummary,
+    Client,
+    LineageNode,
+    NewSubmission,
+    NewVersion,
+    Round,
+    Run,
+    RunState,
+    Submission,
+    Version,
+)
+
+_ATTEMPTS = 20
+_ADAPTER_NAME = TypeAdapter(AdapterName)
+
+Result = TypeVar("Result")
+
+
+def default_home() -> Path:
+    """Return the registry's folder: ``POMONA_HOME``, or the user's data folder."""
+    home = os.environ.get("POMONA_HOME")
+    return Path(home) if home else user_data_path("pomona")
+
+
+def open_registry(home: Path | None = None, *, url: str | None = None, read_only: bool = False) -> "Registry":
+    """Open a registry, create it where there is none, and migrate it where it is older.
+
+    Args:
+        home: Folder of ``registry.db`` and ``blobs``; by default :func:`default_home`.
+        url: Database to use instead of ``registry.db``; by default ``POMONA_REGISTRY_URL``.
+        read_only: Create, migrate and write nothing.
+
+    Raises:
+        RegistryUnavailable: The database or the folder cannot be used.
+        SchemaTooNew: A newer package wrote it; nothing was changed.
+    """
+    home = home or default_home()
+    url = url or os.environ.get("POMONA_REGISTRY_URL") or None
+    _prepare_home(home, needs_file=url is None, read_only=read_only)
+    engine = create_engine(url or sqlite_url(home / "registry.db", read_only=read_only), read_only=read_only)
+    try:
+        lock = home / "registry.lock" if engine.dialect.name == "sqlite" else None
+        schema.prepare(engine, lock=lock, read_only=read_only)
+    except BaseException:
+        engine.dispose()
+        raise
+    blobs = BlobStore(home / "blobs", read_only=read_only)
+    if not read_only:
+        blobs.remove_leftovers()
+    return Registry(engine, blobs)
+
+
+class Registry:
+    """Adapters, their versions, and the runs that made them.
+
+    Every method raises RegistryUnavailable when the database cannot be used.
+
+    Attributes:
+        blobs: The bytes.
+    """
+
+    def __init__(self, engine: sa.Engine, blobs: BlobStore) -> None:
+        self._engine = engine
+        self.blobs = blobs
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close every connection; the object is of no use afterwards."""
+        self._engine.dispose()
+
+    def add_base_model(self, sha256: str, name: str, source: str) -> None:
+        """Make a base model known; one that is known keeps its first name."""
+
+        def work(connection: sa.Connection) -> None:
+            if connection.scalar(sa.select(t.base_model.c.sha256).filter_by(sha256=sha256)) is None:
+                facts = {"sha256": sha256, "name": name, "source": source, "added_at": datetime.now(UTC)}
+                connection.execute(sa.insert(t.base_model).values(**facts))
+
+        self._write(work)
+
+    def start_run(self, *, run_id: str, adapter: str, base_sha256: str, settings_json: str) -> Run:
+        """Begin a run, or take up again one of the same id, adapter, base model and settings.
+
+        Raises:
+            ConfigError: The adapter's name is malformed.
+            BaseModelError: The base model was not added.
+            VersionConflict: Another run has that id.
+        """
+        try:
+            _ADAPTER_NAME.validate_python(adapter)
+        except ValidationError as error:
+            raise ConfigError(
+                f"expected an adapter name of letters, digits and ._- that begins with a letter or digit, "
+                f"got {adapter!r}"
+            ) from error
+        return self._write(
+            lambda c: rounds.start_run(
+                c, run_id=run_id, adapter=adapter, base_sha256=base_sha256, settings_json=settings_json
+            )
+        )
+
+    def finish_run(self, run_id: str, state: RunState, reason: str = "") -> Run:
+        """Record how a run ended."""
+        return self._write(lambda c: rounds.finish_run(c, run_id, state, reason))
+
+    def enrol_client(
+        self, run_id: str, *, name: str, rank: int, num_examples: int, excluded: str = ""
+    ) -> Client:
+        """Record a client, or what it says now if it enrolled before.
+
+        Args:
+            run_id: The run.
+            name: Name of the client.
+            rank: The LoRA rank it can train.
+            num_examples: Size of its training set.
+            excluded: Why it takes no part, ``""`` when it does.
+        """
+        return self._write(
+            lambda c: rounds.enrol_client(
+                c, run_id, name=name, rank=rank, num_examples=num_examples, excluded=excluded
+            )
+        )
+
+    def set_initial_metrics(self, run_id: str, metrics: Mapping[str, float]) -> None:
+        """Record the scores before the first round."""
+        self._write(lambda c: rounds.set_initial_metrics(c, run_id, metrics))
+
+    def open_round(self, run_id: str, number: int, *, parent: str | None, cohort: Sequence[str]) -> Round:
+        """Open a round, open a failed one again, or return the one that is open already, with its own cohort.
+
+        Args:
+            run_id: The run.
+            number: From 1.
+            parent: Reference of the version that clients train on.
+            cohort: Names of the clients that are asked.
+
+        Raises:
+            VersionConflict: The round is committed, or is open on another parent.
+        """
+        return self._write(lambda c: rounds.open_round(c, run_id, number, parent=parent, cohort=cohort))
+
+    def fail_round(self, run_id: str, number: int, reason: str) -> Round:
+        """Close an open round without a version."""
+        return self._write(lambda c: rounds.fail_round(c, run_id, number, reason))
+
+    def record_submission(self, new: NewSubmission) -> Submission:
+        """Record a client's answer; when this returns, it is on disk.
+
+        The same client, nonce and bytes recorded again return the first receipt, whatever its status.
+
+        Raises:
+            BlobWriteError: The payload of an accepted one could not be written; there is no row.
+            VersionConflict: It is accepted, but the round is closed, the client has another accepted update
+                in it, or the nonce was used before.
+        """
+        sha256 = hashlib.sha256(new.payload).hexdigest()
+        with reading(self._engine) as connection:
+            known = rounds.receipt(connection, new, sha256)
+        if known:
+            return known
+        if new.status == "accepted":
+            self.blobs.put(new.payload)
+        return self._write(lambda c: rounds.insert_submission(c, new, sha256))
+
+    def publish_round(self, new: NewVersion) -> Version:
+        """Publish the result of an open round as the next version; when this returns, it is on disk.
+
+        Raises:
+            BlobWriteError: The payload could not be written; nothing was published.
+            BaseModelError: It was not made on the run's base model.
+            VersionConflict: The round is closed already.
+        """
+        sha256 = self.blobs.put(new.payload)
+        return self._write(lambda c: publishing.publish_round(c, new, sha256))
+
+    def run(self, run_id: str) -> Run:
+        """Return one run; AdapterNotFound if there is none."""
+        return self._read(lambda c: rounds.run(c, run_id))
+
+    def runs(self) -> list[Run]:
+        """Return all runs, oldest first."""
+        return self._read(rounds.runs)
+
+    def rounds(self, run_id: str) -> list[Round]:
+        """Return the rounds of a run, with how many answered and what was published; fit for polling."""
+        return self._read(lambda c: rounds.rounds(c, run_id))
+
+    def submissions(self, run_id: str, round: int | None = None) -> list[Submission]:  # noqa: A002
+        """Return the submissions of a run, or of one round, in the order they came."""
+        return self._read(lambda c: rounds.submissions(c, run_id, round))
+
+    def clients(self, run_id: str) -> list[Client]:
+        """Return the clients of a run, by name."""
+        return self._read(lambda c: rounds.clients(c, run_id))
+
+    def resolve(self, ref: str) -> Version:
+        """Return the version that ``name/3``, ``name@alias`` or ``name`` (its newest) stands for.
+
+        Raises:
+            AdapterNotFound: There is none; the message names what there is.
+        """
+        return self._read(lambda c: versions.resolve(c, ref))
+
+    def payload(self, ref: str) -> bytes:
+        """Return the safetensors bytes of a version, checked against their hash.
+
+        Raises:
+            AdapterNotFound: There is no such version.
+            BlobCorrupt: The bytes are missing or were changed.
+        """
+        return self.blobs.get(self.resolve(ref).sha256)
+
+    def adapters(self) -> list[AdapterSummary]:
+        """Return every adapter, by name."""
+        return self._read(versions.adapters)
+
+    def versions(self, name: str) -> list[Version]:
+        """Return all versions of an adapter, oldest first."""
+        return self._read(lambda c: versions.of_adapter(c, name))
+
+    def lineage(self, ref: str) -> LineageNode:
+        """Return a version with all its ancestors and what clients sent for each."""
+        return self._read(lambda c: lineage.trace(c, ref))
+
+    def set_alias(self, name: str, alias: str, version: int) -> Version:
+        """Point an alias at a version, whether or not it pointed elsewhere, and return the version.
+
+        Raises:
+            ConfigError: The alias is malformed.
+            AdapterNotFound: There is no such version.
+        """
+        return self._write(lambda c: versions.set_alias(c, name, alias, version))
+
+    def remove_alias(self, name: str, alias: str) -> None:
+        """Delete an alias; the version stays."""
+        self._write(lambda c: versions.remove_alias(c, name, alias))
+
+    def set_tag(self, ref: str, key: str, value: str) -> Version:
+        """Attach a tag to a version, replacing one of the same key, and return the version."""
+        return self._write(lambda c: versions.set_tag(c, ref, key, value))
+
+    def _read(self, work: Callable[[sa.Connection], Result]) -> Result:
+        with reading(self._engine) as connection:
+            return work(connection)
+
+    def _write(self, work: Callable[[sa.Connection], Result]) -> Result:
+        """Run ``work`` in a transaction, again when another writer took its place first."""
+        for attempt in range(_ATTEMPTS):
+            try:
+                with writing(self._engine) as connection:
+                    return work(connection)
+            except IntegrityError as error:
+                if attempt == _ATTEMPTS - 1:
+                    raise VersionConflict(
+                        f"another writer was first, {_ATTEMPTS} times: {error.orig}"
+                    ) from error
+        raise AssertionError
+
+
+def _prepare_home(home: Path, *, needs_file: bool, read_only: bool) -> None:
+    if read_only:
+        if needs_file and not (home / "registry.db").is_file():
+            raise RegistryUnavailable(
+                f"there is no registry in {home}; a run creates it, "
+                "or name another folder by --home or POMONA_HOME"
+            )
+        return
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RegistryUnavailable(f"cannot create the registry's folder {home}: {error.strerror}") from error

@@ -1,0 +1,89 @@
+"""Bring a database to this package's schema, once, whoever opens it first."""
+
+import fcntl
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+
+from pomona.errors import RegistryUnavailable, SchemaTooNew
+from pomona.storage.engine import keep_log, reading, writing
+
+_ADVISORY_LOCK = 0x706F6D6F6E61
+_one_thread = threading.Lock()  # alembic's `op` and `context` belong to the process
+
+
+def alembic_config() -> Config:
+    """Return the configuration of the migrations that this package carries."""
+    config = Config()
+    config.set_main_option("script_location", str(files("pomona.storage") / "migrations").replace("%", "%%"))
+    config.set_main_option("path_separator", "os")
+    return config
+
+
+def prepare(engine: sa.Engine, *, lock: Path | None, read_only: bool) -> None:
+    """Migrate the database if it is older, and refuse it if it is newer.
+
+    Args:
+        engine: The database.
+        lock: A file that processes exclude each other by while they migrate; PostgreSQL needs none.
+        read_only: Refuse an older database too.
+
+    Raises:
+        SchemaTooNew: The schema is unknown to this package; nothing was changed.
+        RegistryUnavailable: The database cannot be used, or is older and may not be written.
+    """
+    config = alembic_config()
+    head = ScriptDirectory.from_config(config).get_current_head()
+    if _revision(engine, config) == head:
+        return
+    if read_only:
+        raise RegistryUnavailable(
+            "the registry was written by an older pomona, or not finished, and was opened read-only; "
+            "open it once by a command that writes, such as `pomona registry tag`"
+        )
+    with _one_thread, _file_lock(lock):
+        if _revision(engine, config) != head:
+            keep_log(engine)
+            _upgrade(engine, config)
+
+
+def _upgrade(engine: sa.Engine, config: Config) -> None:
+    with writing(engine) as connection:
+        if connection.dialect.name == "postgresql":
+            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_ADVISORY_LOCK)))
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+
+
+def _revision(engine: sa.Engine, config: Config) -> str | None:
+    with reading(engine) as connection:
+        heads = MigrationContext.configure(connection).get_current_heads()
+    known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
+    if unknown := sorted(set(heads) - known):
+        raise SchemaTooNew(
+            f"the registry has schema {', '.join(unknown)}, this pomona knows up to {max(known)}; "
+            "it was written by a newer pomona: upgrade this one (pip install -U pomona); nothing was changed"
+        )
+    return heads[0] if heads else None
+
+
+@contextmanager
+def _file_lock(path: Path | None) -> Iterator[None]:
+    if path is None:
+        yield
+        return
+    try:
+        handle = path.open("ab")
+    except OSError as error:
+        raise RegistryUnavailable(f"cannot lock the registry by {path}: {error.strerror or error}") from error
+    with handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,234 @@
+"""The registry's tables. What is not marked nullable is always known.
+
+Only types that SQLite and PostgreSQL share are used, so one set of migrations serves both. Two partial
+unique indexes carry the promises about submissions: at most one accepted per client and round, and no nonce
+used twice.
+"""
+
+from datetime import UTC, datetime
+
+import sqlalchemy as sa
+
+metadata = sa.MetaData(
+    naming_convention={
+        "ix": "ix_%(column_0_N_label)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+ACCEPTED = sa.text("status = 'accepted'")
+
+
+class UtcDateTime(sa.TypeDecorator[datetime]):
+    """A moment, aware and in UTC on the Python side of both databases."""
+
+    impl = sa.DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
+        """Store UTC; SQLite has no zones and gets the bare value."""
+        if value is None:
+            return None
+        moment = value.astimezone(UTC)
+        return moment.replace(tzinfo=None) if dialect.name == "sqlite" else moment
+
+    def process_result_value(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
+        """Return an aware moment in UTC."""
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+def _sha256(name: str, *constraints: sa.ForeignKey, primary_key: bool = False) -> sa.Column[str]:
+    return sa.Column(name, sa.String(64), *constraints, primary_key=primary_key, nullable=False)
+
+
+def _text(name: str) -> sa.Column[str]:
+    return sa.Column(name, sa.Text, nullable=False)
+
+
+def _moment(name: str, *, nullable: bool = False) -> sa.Column[datetime]:
+    return sa.Column(name, UtcDateTime, nullable=nullable)
+
+
+def _version_id(
+    name: str = "version_id", *, primary_key: bool = False, nullable: bool = False
+) -> sa.Column[int]:
+    return sa.Column(
+        name, sa.Integer, sa.ForeignKey("version.id"), primary_key=primary_key, nullable=nullable
+    )
+
+
+base_model = sa.Table(
+    "base_model",
+    metadata,
+    _sha256("sha256", primary_key=True),
+    _text("name"),
+    _text("source"),
+    _moment("added_at"),
+)
+
+adapter = sa.Table(
+    "adapter",
+    metadata,
+    sa.Column("name", sa.String(100), primary_key=True),
+    _moment("created_at"),
+)
+
+run = sa.Table(
+    "run",
+    metadata,
+    sa.Column("id", sa.String(100), primary_key=True),
+    sa.Column("adapter_name", sa.String(100), sa.ForeignKey("adapter.name"), nullable=False, index=True),
+    _text("settings"),
+    _sha256("base_sha256", sa.ForeignKey("base_model.sha256")),
+    sa.Column("state", sa.String(20), nullable=False),
+    _text("reason"),
+    _moment("started_at"),
+    _moment("finished_at", nullable=True),
+    sa.Column("initial_metrics", sa.JSON, nullable=False),
+    sa.CheckConstraint("state IN ('running', 'finished', 'failed')", name="state"),
+)
+
+client = sa.Table(
+    "client",
+    metadata,
+    sa.Column("run_id", sa.String(100), sa.ForeignKey("run.id"), primary_key=True),
+    sa.Column("name", sa.String(200), primary_key=True),
+    sa.Column("rank", sa.BigInteger, nullable=True),
+    sa.Column("num_examples", sa.BigInteger, nullable=True),
+    _text("excluded"),
+)
+
+version = sa.Table(
+    "version",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("adapter_name", sa.String(100), sa.ForeignKey("adapter.name"), nullable=False),
+    sa.Column("version", sa.Integer, nullable=False),
+    _sha256("blob_sha256"),
+    sa.Column("bytes", sa.BigInteger, nullable=False),
+    _sha256("base_sha256", sa.ForeignKey("base_model.sha256")),
+    sa.Column("rank", sa.Integer, nullable=False),
+    sa.Column("kind", sa.String(20), nullable=False),
+    sa.Column("exactness", sa.String(20), nullable=False),
+    sa.Column("retained_energy", sa.Double, nullable=False),
+    sa.Column("run_id", sa.String(100), sa.ForeignKey("run.id"), nullable=True),
+    sa.Column("round", sa.Integer, nullable=True),
+    sa.Column("recipe", sa.JSON, nullable=False),
+    _moment("created_at"),
+    sa.UniqueConstraint("adapter_name", "version"),
+    sa.UniqueConstraint("run_id", "round"),
+    sa.CheckConstraint("version > 0", name="version_is_positive"),
+    sa.CheckConstraint("(run_id IS NULL) = (round IS NULL)", name="run_and_round_go_together"),
+    sa.CheckConstraint("exactness IN ('exact', 'truncated')", name="exactness"),
+)
+
+round_ = sa.Table(
+    "round",
+    metadata,
+    sa.Column("run_id", sa.String(100), sa.ForeignKey("run.id"), primary_key=True),
+    sa.Column("number", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("state", sa.String(20), nullable=False),
+    _text("reason"),
+    _version_id("parent_id", nullable=True),
+    sa.Column("cohort", sa.JSON, nullable=False),
+    sa.Column("cohort_size", sa.Integer, nullable=False),
+    _moment("opened_at"),
+    _moment("closed_at", nullable=True),
+    sa.Column("bytes_down", sa.BigInteger, nullable=False),
+    sa.Column("bytes_up", sa.BigInteger, nullable=False),
+    sa.Column("seconds", sa.Double, nullable=False),
+    sa.CheckConstraint("state IN ('open', 'committed', 'failed')", name="state"),
+)
+
+submission = sa.Table(
+    "submission",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("run_id", sa.String(100), nullable=False),
+    sa.Column("round", sa.Integer, nullable=False),
+    sa.Column("client", sa.String(200), nullable=False),
+    sa.Column("rank", sa.BigInteger, nullable=True),
+    sa.Column("alpha", sa.Double, nullable=True),
+    sa.Column("num_examples", sa.BigInteger, nullable=True),
+    _sha256("sha256"),
+    sa.Column("bytes", sa.BigInteger, nullable=False),
+    sa.Column("nonce", sa.String(64), nullable=False),
+    sa.Column("status", sa.String(20), nullable=False),
+    _text("reason"),
+    sa.Column("weight", sa.Double, nullable=True),
+    _moment("received_at"),
+    sa.Column("train_loss", sa.Double, nullable=True),
+    _version_id(nullable=True),
+    sa.ForeignKeyConstraint(["run_id", "round"], ["round.run_id", "round.number"]),
+    sa.CheckConstraint("status IN ('accepted', 'rejected', 'late')", name="status"),
+    sa.Index("ix_submission_run_id_round", "run_id", "round"),
+    sa.Index("ix_submission_version_id", "version_id"),
+    sa.Index(
+        "uq_submission_accepted",
+        "run_id",
+        "round",
+        "client",
+        unique=True,
+        sqlite_where=ACCEPTED,
+        postgresql_where=ACCEPTED,
+    ),
+    sa.Index(
+        "uq_submission_nonce",
+        "run_id",
+        "nonce",
+        unique=True,
+        sqlite_where=ACCEPTED,
+        postgresql_where=ACCEPTED,
+    ),
+)
+
+lineage = sa.Table(
+    "lineage",
+    metadata,
+    _version_id("child_id", primary_key=True),
+    _version_id("parent_id", primary_key=True),
+    sa.Column("kind", sa.String(20), primary_key=True),
+    sa.Column("coefficient", sa.Double, nullable=False),
+    sa.CheckConstraint("child_id > parent_id", name="parents_come_first"),
+)
+
+alias = sa.Table(
+    "alias",
+    metadata,
+    sa.Column("adapter_name", sa.String(100), sa.ForeignKey("adapter.name"), primary_key=True),
+    sa.Column("alias", sa.String(64), primary_key=True),
+    _version_id(),
+    _moment("moved_at"),
+)
+
+alias_history = sa.Table(
+    "alias_history",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("adapter_name", sa.String(100), sa.ForeignKey("adapter.name"), nullable=False),
+    sa.Column("alias", sa.String(64), nullable=False),
+    _version_id(nullable=True),
+    _moment("moved_at"),
+    sa.Index("ix_alias_history_adapter_name_alias", "adapter_name", "alias"),
+)
+
+tag = sa.Table(
+    "tag",
+    metadata,
+    _version_id(primary_key=True),
+    sa.Column("key", sa.String(100), primary_key=True),
+    _text("value"),
+)
+
+metric = sa.Table(
+    "metric",
+    metadata,
+    _version_id(primary_key=True),
+    sa.Column("key", sa.String(100), primary_key=True),
+    sa.Column("value", sa.Double, nullable=True),
+)
