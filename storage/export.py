@@ -1,14 +1,14 @@
 """Write a version as a folder that plain ``peft`` loads on the same base model.
 
-PEFT multiplies ``lora_B @ lora_A`` by ``lora_alpha / r``. The scale of a version is folded into its factors
-already, so ``lora_alpha = r``. Layers of smaller rank are padded with zeros, which adds nothing to the product.
+PEFT multiplies ``lora_B @ lora_A`` by ``lora_alpha / r``. The scale of a version is folded into its factors,
+so ``lora_alpha = r``. Layers of smaller rank are padded with zeros, which adds nothing to the product.
 """
 
 import json
 import os
 import secrets
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +17,14 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from pomona.errors import BlobWriteError, ConfigError, PayloadError
-from pomona.manifest import split_key
+from pomona.manifest import Kind, split_key
 from pomona.storage.records import LineageNode, Version
 from pomona.storage.registry import Registry
 
 MARKER = "pomona.json"
 
 _TASK_TYPES = {"classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
-_PEFT_HEADS = ("classifier", "score")  # peft saves these whole for SEQ_CLS, whatever the configuration says
+_PEFT_HEADS = ("classifier", "score")  # for SEQ_CLS, peft saves these whole whatever it is told
 
 Array = NDArray[np.generic]
 
@@ -76,12 +76,16 @@ def peft_files(node: LineageNode, payload: bytes) -> dict[str, bytes]:
         PayloadError: The bytes are no adapter.
     """
     version = node.version
-    tensors, modules, heads = _peft_tensors(payload, version.ref)
-    rank = max(tensors[_peft_key(module, "lora_A")].shape[0] for module in modules)
-    config = _config(version, rank, modules, _modules_to_save(heads, version.ref))
+    factors, heads = _read(payload, version.ref)
+    rank = max(a.shape[0] for a, _ in factors.values())
+    tensors = {f"base_model.model.{name}": head for name, head in heads.items()}
+    for module, (a, b) in factors.items():
+        missing = rank - a.shape[0]
+        tensors[f"base_model.model.{module}.lora_A.weight"] = np.pad(a, ((0, missing), (0, 0)))
+        tensors[f"base_model.model.{module}.lora_B.weight"] = np.pad(b, ((0, 0), (0, missing)))
     facts = {"ref": version.ref, "sha256": version.sha256, "base_sha256": version.base_sha256}
     contents = {
-        "adapter_config.json": _json(config),
+        "adapter_config.json": _json(_config(version, rank, sorted(factors), heads)),
         "adapter_model.safetensors": save(tensors, metadata={"format": "pt"}),
         "README.md": _card(node).encode(),
         MARKER: _json(facts),
@@ -91,21 +95,150 @@ def peft_files(node: LineageNode, payload: bytes) -> dict[str, bytes]:
     return contents
 
 
-def _peft_tensors(payload: bytes, ref: str) -> tuple[dict[str, Array], list[str], list[str]]:
+def _read(payload: bytes, ref: str) -> tuple[dict[str, tuple[Array, Array]], dict[str, Array]]:
+    parts: dict[Kind, dict[str, Array]] = {"lora_A": {}, "lora_B": {}, "head": {}}
     try:
-        stored = load(payload)
-        kinds = {key: split_key(key) for key in stored}
+        for key, value in load(payload).items():
+            kind, name = split_key(key)
+            parts[kind][name] = value
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise PayloadError(f"the bytes of {ref} are no adapter: {error}") from error
-    factors = [key for key, (kind, _) in kinds.items() if kind != "head"]
-    modules = sorted({kinds[key][1] for key in factors})
-    if not modules or len(factors) != 2 * len(modules) or any(stored[key].ndim != 2 for key in factors):
-        raise PayloadError(f"expected lora_A and lora_B of at least one module in {ref}, got {sorted(stored)[:6]}")
-    rank = max(1, *(min(stored[key].shape) if False else _rank(kinds[key][0], stored[key]) for key in factors))
-    tensors: dict[str, Array] = {}
-    for key, (kind, name) in kinds.items():
-        if kind == "head":
-            tensors[_peft_key(name)] = stored[key]
-        else:
-            tensors[_peft_key(name, kind)] = _pad(stored[key], rank, axis=0 if kind == "lora_A" else 1)
-    return tensors, modules, [name for kind, name in kinds.values() if kind == "head"]
+    downs, ups = parts["lora_A"], parts["lora_B"]
+    if not downs or downs.keys() != ups.keys():
+        raise PayloadError(
+            f"expected lora_A and lora_B of the same modules in {ref}, at least one; "
+            f"got lora_A of {len(downs)} and lora_B of {len(ups)}"
+        )
+    for module, a in downs.items():
+        b = ups[module]
+        if a.ndim != 2 or b.ndim != 2 or not 0 < a.shape[0] == b.shape[1]:
+            raise PayloadError(
+                f"expected (rank, in) and (out, rank) for {module} in {ref}, got {a.shape} and {b.shape}"
+            )
+    return {module: (a, ups[module]) for module, a in downs.items()}, parts["head"]
+
+
+def _config(version: Version, rank: int, modules: Sequence[str], heads: Collection[str]) -> dict[str, object]:
+    task = version.recipe.get("task")
+    if not isinstance(task, str) or task not in _TASK_TYPES:
+        raise ConfigError(
+            f"expected the recipe of {version.ref} to name a task of {', '.join(_TASK_TYPES)}, got {task!r}"
+        )
+    return {
+        "peft_type": "LORA",
+        "task_type": _TASK_TYPES[task],
+        "base_model_name_or_path": version.base_model,
+        "r": rank,
+        "lora_alpha": rank,
+        "use_rslora": False,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": list(modules),
+        "modules_to_save": _modules_to_save(heads, version.ref, task=task) or None,
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+
+
+def _modules_to_save(heads: Collection[str], ref: str, *, task: str) -> list[str]:
+    modules = set()
+    for name in heads:
+        parts = name.split(".")[:-1]
+        if not parts:
+            raise ConfigError(f"peft saves whole modules, but {name!r} in {ref} belongs to none")
+        ends = [i for i, part in enumerate(parts, 1) if task == "classification" and part in _PEFT_HEADS]
+        modules.add(".".join(parts[: ends[0]] if ends else parts))
+    return sorted(modules)
+
+
+def _card(node: LineageNode) -> str:
+    version = node.version
+    merged = [item for item in node.submissions if item.status == "accepted" and item.version == version.ref]
+    front = {
+        "base_model": version.base_model,
+        "library_name": "peft",
+        "tags": ["lora", "federated-learning", "pomona"],
+    }
+    lines = [
+        "---",
+        *(f"{key}: {json.dumps(value)}" for key, value in front.items()),
+        "---",
+        "",
+        f"# {version.ref}",
+        "",
+        f"A LoRA adapter of rank {version.rank} for `{version.base_model}`, published by Pomona on "
+        f"{version.created_at:%Y-%m-%d}.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| SHA-256 of the adapter | `{version.sha256}` |",
+        f"| SHA-256 of the base model | `{version.base_sha256}` |",
+        f"| Aggregation | {version.exactness}, retained energy {version.retained_energy:.6f} |",
+        f"| Round | {version.round_number} of run `{version.run_id}`, {len(merged)} clients |",
+        "",
+        "## Lineage",
+        "",
+        *_ancestors(node),
+        "",
+        "## Metrics",
+        "",
+        *([f"* {_plain(key)}: {value:.6g}" for key, value in version.metrics.items()] or ["None recorded."]),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _ancestors(node: LineageNode) -> list[str]:
+    lines, queue, seen = [], list(node.parents), {node.version.id}
+    while queue:
+        parent = queue.pop(0)
+        if parent.version.id not in seen:
+            seen.add(parent.version.id)
+            lines.append(f"* {parent.version.ref} ({parent.kind}, coefficient {parent.coefficient:g})")
+            queue.extend(parent.parents)
+    return lines or ["The first of its line."]
+
+
+def _plain(text: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in " -_./@:" else "?" for letter in text)
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+def _require_room(target: Path, *, overwrite: bool) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise ConfigError(f"cannot export to {target}: it is a file; name a folder")
+    names = {path.name for path in target.iterdir()}
+    if not names or (overwrite and MARKER in names):
+        return
+    if MARKER in names:
+        raise ConfigError(
+            f"{target} holds an earlier export; name another folder, or overwrite it (--overwrite)"
+        )
+    raise ConfigError(f"{target} is not empty and holds no earlier export; name another folder")
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _swap(staging: Path, target: Path) -> None:
+    if not target.exists() or not any(target.iterdir()):
+        staging.rename(target)
+        return
+    earlier = staging.with_name(staging.name + ".earlier")
+    target.rename(earlier)
+    try:
+        staging.rename(target)
+    except OSError:
+        earlier.rename(target)
+        raise
+    shutil.rmtree(earlier, ignore_errors=True)

@@ -59,7 +59,7 @@ def _require_run(connection: sa.Connection, new: NewVersion) -> None:
 
 
 def _insert_version(connection: sa.Connection, new: NewVersion, sha256: str) -> int:
-    of_adapter = sa.select(sa.func.max(t.version.c.version)).filter_by(adapter_name=new.adapter)
+    of_adapter = sa.select(sa.func.max(t.version.c.version)).where(t.version.c.adapter_name == new.adapter)
     values = {
         "adapter_name": new.adapter,
         "version": (connection.scalar(of_adapter) or 0) + 1,
@@ -75,7 +75,9 @@ def _insert_version(connection: sa.Connection, new: NewVersion, sha256: str) -> 
         "recipe": json_value(new.recipe),
         "created_at": datetime.now(UTC),
     }
-    return connection.execute(sa.insert(t.version).values(**values).returning(t.version.c.id)).scalar_one()
+    statement = sa.insert(t.version).values(**values).returning(t.version.c.id)
+    version_id: int = connection.execute(statement).scalar_one()
+    return version_id
 
 
 def _link_submissions(connection: sa.Connection, new: NewVersion, version_id: int) -> None:
@@ -84,9 +86,8 @@ def _link_submissions(connection: sa.Connection, new: NewVersion, version_id: in
         t.submission.c.round == new.round_number,
         t.submission.c.status == "accepted",
     )
-    ids = dict(
-        connection.execute(sa.select(t.submission.c.client, t.submission.c.id).where(*accepted)).tuples()
-    )
+    query = sa.select(t.submission.c.client, t.submission.c.id).where(*accepted)
+    ids: dict[str, int] = {client: key for client, key in connection.execute(query)}  # noqa: C416
     if strangers := sorted(set(new.weights) - set(ids)):
         raise RegistryError(
             f"round {new.round_number} of run {new.run_id} has no accepted submission of "

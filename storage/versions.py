@@ -85,11 +85,8 @@ def adapters(connection: sa.Connection) -> list[AdapterSummary]:
     )
     is_newest = sa.tuple_(t.version.c.adapter_name, t.version.c.version).in_(sa.select(newest))
     latest = {version.adapter: version for version in load(connection, is_newest)}
-    counts: dict[str, int] = dict(
-        connection.execute(
-            sa.select(t.version.c.adapter_name, sa.func.count()).group_by(t.version.c.adapter_name)
-        ).tuples()
-    )
+    per_adapter = sa.select(t.version.c.adapter_name, sa.func.count()).group_by(t.version.c.adapter_name)
+    counts: dict[str, int] = {name: amount for name, amount in connection.execute(per_adapter)}  # noqa: C416
     aliases: dict[str, dict[str, int]] = {}
     for row in connection.execute(_aliases()):
         aliases.setdefault(row.adapter_name, {})[row.alias] = row.version
@@ -211,7 +208,9 @@ def _require_adapter(connection: sa.Connection, name: str) -> None:
 
 
 def _what_there_is(connection: sa.Connection, name: str, ref: str) -> str:
-    newest = connection.scalar(sa.select(sa.func.max(t.version.c.version)).filter_by(adapter_name=name))
+    newest = connection.scalar(
+        sa.select(sa.func.max(t.version.c.version)).where(t.version.c.adapter_name == name)
+    )
     if newest is None:
         return f"there is no version {ref!r}; {name} has none yet"
     rows = connection.execute(_aliases().where(t.alias.c.adapter_name == name))

@@ -8,7 +8,6 @@ import csv
 import gzip
 import hashlib
 import json
-import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 from threading import Lock
-from typing import IO, Literal, SupportsIndex, get_args
+from typing import IO, Literal, NamedTuple, SupportsIndex, get_args
 
 from pomona.errors import DataError
 
@@ -29,8 +28,15 @@ MAX_LINE_BYTES = 2**20
 _SPLITS: tuple[str, ...] = get_args(Split)
 _FIELD_LIMIT = Lock()
 
-_Row = tuple[str, dict[str, object]]  # where it stands, for messages; its cells
-_ReadRows = Callable[[Iterator[str], str, tuple[str, ...]], Iterator[_Row]]
+_Cells = tuple[str, dict[str, object]]  # where the row stands, for messages; what it holds
+_ReadRows = Callable[[Iterator[str], str, tuple[str, ...]], Iterator[_Cells]]
+
+
+class _Row(NamedTuple):
+    text: str
+    label: str
+    split: str
+    others: dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,9 +115,9 @@ def load_dataset(
     """Load a data set and check every row of it.
 
     Args:
-        source: ``wordnet-nouns`` (ships with the package), a ``.csv`` file with a header, or a ``.jsonl`` file
-            with one object per line; UTF-8. The columns ``text`` and ``label`` are required, ``split`` and
-            any others are free. Blank lines are skipped; integer labels in JSON are read as their digits.
+        source: ``wordnet-nouns`` (ships with the package), a ``.csv`` file with a header, or a ``.jsonl``
+            file with one object per line; UTF-8. The columns ``text`` and ``label`` are required, ``split``
+            and any others are free. Blank lines are skipped; integer labels in JSON become their digits.
         split: The part to return; None: everything. Where the source has no column ``split``,
             :func:`split_of` decides.
         task: ``causal-lm`` needs no labels and returns empty ones.
@@ -122,28 +128,20 @@ def load_dataset(
     """
     name = str(source)
     needed = ("text",) if task == "causal-lm" else ("text", "label")
-    kept: list[tuple[str, str, dict[str, str]]] = []
-    total = 0
     with _opened(name) as (stream, read_rows):
-        for total, (where, row) in enumerate(read_rows(_lines(stream, name), name, needed), start=1):
-            text, label, own_split = _checked(row, needed, where)
-            if split in (None, own_split or split_of(text, seed=seed)):
-                kept.append(
-                    (text, label, {k: _cell(v) for k, v in row.items() if k not in ("text", "split")})
-                )
-    if not total:
+        everything = [_checked(*row, needed) for row in read_rows(_lines(stream, name), name, needed)]
+    if not everything:
         raise DataError(f"{name} is empty: expected at least one row, got none")
-    if not kept:
+    rows = [row for row in everything if split in (None, row.split or split_of(row.text, seed=seed))]
+    if not rows:
         raise DataError(
-            f"{name} has no example in split {split!r}, all {total} are in others; add rows or take another split"
+            f"{name} has {len(everything)} rows but none in split {split!r}; add rows or name another"
         )
+    columns = dict.fromkeys(name for row in rows for name in row.others)
     return Dataset(
-        texts=tuple(text for text, _, _ in kept),
-        labels=tuple(label for _, label, _ in kept),
-        columns={
-            column: tuple(cells.get(column, "") for _, _, cells in kept)
-            for column in dict.fromkeys(key for _, _, cells in kept for key in cells)
-        },
+        texts=tuple(row.text for row in rows),
+        labels=tuple(row.label for row in rows),
+        columns={column: tuple(row.others.get(column, "") for row in rows) for column in columns},
         source=name,
     )
 
@@ -163,13 +161,13 @@ def check_labels(dataset: Dataset, labels: Sequence[str]) -> None:
     for position, label in enumerate(dataset.labels, start=1):
         if label not in known:
             raise DataError(
-                f"{dataset.source}: example {position} of {len(dataset)} has the unknown label {_quote(label)}"
+                f"{dataset.source}: unknown label {_quote(label)} at example {position} of {len(dataset)}"
                 f"{_closest(label, labels)}; known labels: {_listing(labels)}"
             )
 
 
 @contextmanager
-def _opened(name: str) -> Iterator[tuple[IO[bytes], _ReadRows]]:
+def _opened(name: str) -> Iterator[tuple[IO[bytes] | gzip.GzipFile, _ReadRows]]:
     try:
         if name == WORDNET_NOUNS:
             packed = files("pomona.wordnet").joinpath("nouns.csv.gz")
@@ -177,39 +175,31 @@ def _opened(name: str) -> Iterator[tuple[IO[bytes], _ReadRows]]:
                 yield stream, _csv_rows
             return
         path = Path(name)
-        mode = path.stat().st_mode
-        if not stat.S_ISREG(mode):
-            kind = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
-            raise DataError(f"{name} is {kind}; name one .csv or .jsonl file")
+        if path.is_dir() or path.is_fifo():
+            raise DataError(f"{name} is a directory or a pipe; name one .csv or .jsonl file")
         if path.suffix.lower() not in _READERS:
             raise DataError(f"expected a data file that ends in .csv or .jsonl, got {name!r}")
         with path.open("rb") as stream:
             yield stream, _READERS[path.suffix.lower()]
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DataError(
-            f"no data file {name!r}; expected {WORDNET_NOUNS!r} or the path of a .csv or .jsonl file"
-            f"{_closest(name, [WORDNET_NOUNS])}"
+            f"no data file {name!r}; expected {WORDNET_NOUNS} or a .csv or .jsonl file"
         ) from error
     except OSError as error:
         raise DataError(f"cannot read the data file {name}: {error}") from error
 
 
-def _lines(stream: IO[bytes], name: str) -> Iterator[str]:
-    number = 0
-    while raw := stream.readline(MAX_LINE_BYTES + 1):
-        number += 1
+def _lines(stream: IO[bytes] | gzip.GzipFile, name: str) -> Iterator[str]:
+    for number, raw in enumerate(iter(lambda: stream.readline(MAX_LINE_BYTES + 1), b""), start=1):
         if len(raw) > MAX_LINE_BYTES:
             raise DataError(f"{name} line {number} is longer than {MAX_LINE_BYTES} bytes; cut the text")
         try:
             yield raw.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            raise DataError(
-                f"{name} line {number} is not UTF-8 (byte {raw[error.start]:#04x} at position {error.start}); "
-                "save the file as UTF-8"
-            ) from error
+            raise DataError(f"{name} line {number} is not UTF-8 at byte {error.start}; convert it") from error
 
 
-def _csv_rows(lines: Iterator[str], name: str, needed: tuple[str, ...]) -> Iterator[_Row]:
+def _csv_rows(lines: Iterator[str], name: str, needed: tuple[str, ...]) -> Iterator[_Cells]:
     reader = csv.reader(lines, strict=True)
     header: list[str] = []
     while True:
@@ -246,7 +236,7 @@ def _field_limit() -> Iterator[None]:
             csv.field_size_limit(before)
 
 
-def _jsonl_rows(lines: Iterator[str], name: str, needed: tuple[str, ...]) -> Iterator[_Row]:
+def _jsonl_rows(lines: Iterator[str], name: str, needed: tuple[str, ...]) -> Iterator[_Cells]:
     for number, line in enumerate(lines, start=1):
         where = f"{name} line {number}"
         if not line.strip():
@@ -256,7 +246,7 @@ def _jsonl_rows(lines: Iterator[str], name: str, needed: tuple[str, ...]) -> Ite
         except (ValueError, RecursionError) as error:
             raise DataError(f"{where} is not JSON: {error}") from error
         if not isinstance(row, dict):
-            raise DataError(f"{where}: expected a JSON object, got {_kind(row)}")
+            raise DataError(f"{where}: expected a JSON object, got {type(row).__name__}")
         _check_columns(list(row), needed, where)
         yield where, row
 
@@ -274,32 +264,27 @@ def _check_columns(columns: Sequence[str], needed: tuple[str, ...], where: str) 
         raise DataError(f"{where}: expected the columns {' and '.join(needed)}, got {_listing(columns)}")
 
 
-def _checked(row: Mapping[str, object], needed: tuple[str, ...], where: str) -> tuple[str, str, str]:
-    """Return text, label and split of a row; the last two are empty where there is none."""
-    split = row.get("split", "")
-    if "split" in row and split not in _SPLITS:
+def _checked(where: str, cells: Mapping[str, object], needed: tuple[str, ...]) -> _Row:
+    split = cells.get("split", "")
+    if "split" in cells and split not in _SPLITS:
         raise DataError(f"{where}: expected a split out of {', '.join(_SPLITS)}, got {_quote(split)}")
-    cells = [
-        str(row[column]) if column == "label" and type(row[column]) is int else row[column]
-        for column in needed
-    ]
-    for column, cell in zip(needed, cells, strict=True):
+    for column in needed:
+        cell = cells[column]
+        if column == "label" and type(cell) is int:
+            continue
         if not isinstance(cell, str):
-            raise DataError(f"{where}: expected a string as {column}, got {_kind(cell)}")
+            raise DataError(f"{where}: expected a string as {column}, got {type(cell).__name__}")
         if not cell.strip():
             raise DataError(f"{where}: the {column} is empty; fill it in or drop the row")
         if any("\ud800" <= character <= "\udfff" for character in cell):
             raise DataError(f"{where}: the {column} holds half a surrogate pair, which UTF-8 cannot carry")
-    return str(cells[0]), str(cells[1]) if len(cells) == 2 else "", str(split)
+    label = str(cells["label"]) if "label" in needed else ""
+    others = {name: _cell(cell) for name, cell in cells.items() if name not in ("text", "split")}
+    return _Row(str(cells["text"]), label, str(split), others)
 
 
 def _cell(value: object) -> str:
     return value if isinstance(value, str) else "" if value is None else json.dumps(value, sort_keys=True)
-
-
-def _kind(value: object) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number")
 
 
 def _quote(value: object, *, width: int = 40) -> str:

@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 from pomona.adapters import AdapterWeights, LoraFactors
 from pomona.base_model import base_model_sha256
 from pomona.batches import Encoded, batches, encode
-from pomona.errors import BaseModelError
+from pomona.errors import BaseModelError, PayloadError
 from pomona.kernels.lora_linear import lora_linear
 from pomona.manifest import AdapterManifest
 
@@ -104,7 +104,11 @@ class AdaptedModel:
             alpha: LoRA alpha of the fresh adapter.
             rslora: Scale by ``alpha / sqrt(rank)``.
             seed: Shared by all clients of a round.
+
+        Raises:
+            PayloadError: The global adapter has other layers, heads or shapes than this model.
         """
+        _check_fits(weights, self.manifest)
         self.detach()
         if rank:
             self._add(_LOCAL, rank, alpha, rslora=rslora)
@@ -281,6 +285,18 @@ def _fused_forward(layer: LoraLayer, x: Tensor, *_args: object, **_options: obje
     ]
     frozen = adapters[1][:2] if len(adapters) > 1 else None
     return lora_linear(x, base.weight, base.bias, adapters[0], frozen)
+
+
+def _check_fits(weights: AdapterWeights, manifest: AdapterManifest) -> None:
+    for name, factors in weights.layers.items():
+        shape = (factors.b.shape[0], factors.a.shape[1])
+        if manifest.layers.get(name) != shape:
+            raise PayloadError(
+                f"the global adapter's layer {name!r} is {shape}, this model's is {manifest.layers.get(name)}"
+            )
+    found = {name: tuple(tensor.shape) for name, tensor in weights.heads.items()}
+    if found != dict(manifest.heads):
+        raise PayloadError(f"the global adapter's heads are {found}, this model's are {dict(manifest.heads)}")
 
 
 def _generator(key: str) -> torch.Generator:

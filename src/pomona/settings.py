@@ -52,7 +52,7 @@ class DataSettings(_Section):
             every round; simulated clients train on the rest.
         labels: The classes, in order; empty: those of ``source``, sorted. Unused by ``causal-lm``.
         evaluation_examples: At most this many held-out examples are scored, drawn by seed.
-        evaluation_split: The part to score: ``validation`` or ``test``.
+        evaluation_split: The part to score; ``all``: the whole of ``source``, where it is held-out data only.
         partition: How simulated clients share the training part.
         dirichlet_alpha: Concentration of the label mix of each client; small is non-IID.
         partition_column: The column that names the client, for ``partition = "column"``.
@@ -61,7 +61,7 @@ class DataSettings(_Section):
     source: str = "wordnet-nouns"
     labels: tuple[str, ...] = ()
     evaluation_examples: PositiveInt = 1000
-    evaluation_split: Literal["validation", "test"] = "validation"
+    evaluation_split: Literal["validation", "test", "all"] = "validation"
     partition: Literal["iid", "dirichlet", "column"] = "dirichlet"
     dirichlet_alpha: PositiveFloat = 0.5
     partition_column: str = ""

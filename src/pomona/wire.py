@@ -53,7 +53,10 @@ def encode_weights(weights: AdapterWeights, *, metadata: Mapping[str, object] | 
     payload = save({key: _to_float32(key, tensor) for key, tensor in tensors.items()}, {_METADATA_KEY: text})
     try:
         read_header(payload)
-    except PayloadError as error:
+        parse_object(text, source="the metadata")
+        for key in tensors:
+            split_key(key)
+    except (PayloadError, ValueError) as error:
         raise ValueError(f"the adapter cannot be sent, nobody could read it back: {error}") from error
     return payload
 

@@ -1,0 +1,173 @@
+"""What a client does when it is asked: enrol, and train for one round. Knows no network.
+
+Requests come as JSON and bytes from a coordinator that the client need not trust; answers go back the same way. What
+the client cannot do it says in a :class:`~pomona.protocol.Refusal`, never with an exception that ends it.
+"""
+
+import logging
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pydantic import ValidationError
+
+from pomona import __version__
+from pomona.adapters import AdapterUpdate
+from pomona.base_model import check_base_model, find_base_model, is_packaged
+from pomona.batches import Encoded
+from pomona.client.train import seed_of, train_locally
+from pomona.datasets import Dataset, check_labels
+from pomona.errors import BaseModelError, ConfigError, PayloadError, PomonaError
+from pomona.lora_model import AdaptedModel
+from pomona.protocol import ENROL, TRAIN, Enrolled, Invitation, TrainRequest, refusal
+from pomona.wire import decode_weights, encode_update
+
+_log = logging.getLogger(__name__)
+
+Answer = tuple[str, str, bytes]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """Who a client is.
+
+    Attributes:
+        name: Its name.
+        rank: LoRA rank that it trains.
+        load_data: Loads its training set, for the task given.
+        model_folder: Where its copy of the base model lies; empty: only base models that ship in a package.
+    """
+
+    name: str
+    rank: int
+    load_data: Callable[[str], Dataset]
+    model_folder: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    model: AdaptedModel
+    data: Encoded
+
+
+class Trainer:
+    """Answers requests; keeps the model and the tokenised data of the last run in memory."""
+
+    def __init__(self, profile: Profile) -> None:
+        self.profile = profile
+        self._key: Invitation | None = None
+        self._prepared: _Prepared | None = None
+
+    def answer(self, kind: str, json: str, payload: bytes) -> Answer:
+        """Answer one request.
+
+        Args:
+            kind: Type of message: to enrol, or to train.
+            json: The record.
+            payload: The global adapter, where one is trained on.
+
+        Returns:
+            Name of the answer's record class, its JSON, and the update's bytes.
+        """
+        try:
+            if kind == ENROL:
+                return self._enrol(Invitation.model_validate_json(json))
+            if kind == TRAIN:
+                return self._train(TrainRequest.model_validate_json(json), payload)
+            raise PayloadError(f"expected a request to {ENROL} or {TRAIN}, got {kind!r}")
+        except ValidationError as error:
+            reason = f"the coordinator's request is malformed: {error.errors(include_url=False)[0]['msg']}"
+            return self._refuse(reason)
+        except PomonaError as error:
+            return self._refuse(str(error))
+
+    def _refuse(self, reason: str) -> Answer:
+        _log.error("%s: %s", self.profile.name, reason)
+        return "refusal", refusal(self.profile.name, reason).model_dump_json(), b""
+
+    def _enrol(self, invitation: Invitation) -> Answer:
+        prepared = self._prepare(invitation)
+        answer = Enrolled(
+            name=self.profile.name,
+            rank=self.profile.rank,
+            num_examples=len(prepared.data),
+            base_sha256=prepared.model.manifest.base_sha256,
+            pomona_version=__version__,
+        )
+        _log.info("%s: enrolled in run %s with rank %d and %d examples",
+                  answer.name, invitation.run_id, answer.rank, answer.num_examples)
+        return "enrolled", answer.model_dump_json(), b""
+
+    def _train(self, request: TrainRequest, payload: bytes) -> Answer:
+        prepared = self._prepare(request.invitation)
+        start, _ = decode_weights(payload)
+        run_id, number = request.invitation.run_id, request.round_number
+        trained = train_locally(
+            prepared.model,
+            prepared.data,
+            start=start,
+            rank=self.profile.rank,
+            training=request.training,
+            adapter_seed=seed_of(request.seed, number),
+            batch_seed=seed_of(request.seed, number, self.profile.name),
+        )
+        update = AdapterUpdate(
+            client=self.profile.name,
+            run_id=run_id,
+            round_number=number,
+            parent=request.parent,
+            base_sha256=prepared.model.manifest.base_sha256,
+            rank=self.profile.rank,
+            alpha=request.training.alpha_per_rank * self.profile.rank,
+            rslora=request.training.rslora,
+            num_examples=len(prepared.data),
+            nonce=secrets.token_hex(16),
+            weights=trained.weights,
+            train_loss=trained.loss,
+        )
+        _log.info("%s: round %d, %d steps, training loss %.3f", update.client, number, trained.steps, trained.loss)
+        return "update", "{}", encode_update(update)
+
+    def _prepare(self, invitation: Invitation) -> _Prepared:
+        if self._prepared is None or self._key != invitation:
+            self._prepared = None  # let go of the old model before the next one is loaded
+            self._prepared, self._key = prepare(invitation, self.profile), invitation
+        return self._prepared
+
+
+def prepare(invitation: Invitation, profile: Profile) -> _Prepared:
+    """Load and check the base model and the data of a run.
+
+    Raises:
+        ConfigError: The coordinator runs another version, or refuses the client's rank.
+        BaseModelError: The base model is not here, or is another one.
+        DataError: The data are malformed or carry a label that the run does not know.
+    """
+    if invitation.pomona_version != __version__:
+        raise ConfigError(
+            f"the coordinator runs pomona {invitation.pomona_version}, this client {__version__}; install the same"
+        )
+    if profile.rank > invitation.max_rank:
+        raise ConfigError(
+            f"expected a rank of at most max_rank={invitation.max_rank}, got {profile.rank}; join with a lower --rank"
+        )
+    path = find_base_model(_base(invitation, profile))
+    check_base_model(path, expected_sha256=invitation.base_sha256)
+    dataset = profile.load_data(invitation.task)
+    if invitation.task == "classification":
+        check_labels(dataset, invitation.labels)
+    model = AdaptedModel(
+        path, task=invitation.task, labels=invitation.labels, target_modules=invitation.target_modules
+    )
+    return _Prepared(model, model.encode(dataset.texts, dataset.labels, max_length=invitation.max_length))
+
+
+def _base(invitation: Invitation, profile: Profile) -> str:
+    if profile.model_folder:
+        return profile.model_folder
+    if not is_packaged(invitation.base):
+        raise BaseModelError(
+            f"the run's base model (sha256 {invitation.base_sha256[:12]}) ships in no package; "
+            "join with --model FOLDER that holds it"
+        )
+    return invitation.base

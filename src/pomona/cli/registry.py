@@ -1,0 +1,330 @@
+"""``pomona registry``: what adapters there are, what they are made of, and how to get one out."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pomona.cli.output import cell, console, exit_on_error, plain, print_json, print_table
+from pomona.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.tree import Tree
+
+    from pomona.storage.records import AdapterSummary, LineageNode, Run, Submission, Version
+    from pomona.storage.registry import Registry
+
+app = typer.Typer(
+    name="registry", help="The versioned adapters: list, look into, alias, tag, export.", no_args_is_help=True
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+Home = Annotated[
+    Path | None,
+    typer.Option("--home", help="Folder of the registry; by default POMONA_HOME, or the user's data folder."),
+]
+Ref = Annotated[str, typer.Argument(help="name/3, name@alias, or name for its newest version.")]
+
+_VERSION_COLUMNS = (
+    "version",
+    "rank",
+    "exactness",
+    "energy",
+    "metrics",
+    "aliases",
+    "tags",
+    "made by",
+    "created",
+)
+
+
+@app.command("ls")
+def list_adapters(*, home: Home = None, as_json: Json = False) -> None:
+    """List all adapters."""
+    with _registry(home, as_json=as_json) as registry:
+        found = registry.adapters()
+        if as_json:
+            print_json([_adapter_facts(item) for item in found])
+        else:
+            columns = ("adapter", "versions", "newest", "rank", "metrics", "aliases", "updated")
+            print_table(columns, map(_adapter_row, found), title=f"{len(found)} adapters")
+
+
+@app.command()
+def show(ref: Ref, *, home: Home = None, as_json: Json = False) -> None:
+    """Show one version and the submissions that it is made of."""
+    with _registry(home, as_json=as_json) as registry:
+        version = registry.resolve(ref)
+        sent = registry.submissions(version.run_id, version.round_number) if version.run_id else []
+        if as_json:
+            print_json(_version_facts(version) | {"submissions": sent})
+            return
+        print_table(("", ""), _version_details(version), title=version.ref)
+        columns = ("client", "rank", "examples", "weight", "sha256", "status", "reason")
+        print_table(columns, map(_submission_row, sent), title=f"{len(sent)} submissions")
+
+
+@app.command()
+def versions(
+    name: Annotated[str, typer.Argument(help="Name of the adapter.")],
+    *,
+    home: Home = None,
+    as_json: Json = False,
+) -> None:
+    """List the versions of an adapter."""
+    with _registry(home, as_json=as_json) as registry:
+        found = registry.versions(name)
+        if as_json:
+            print_json([_version_facts(item) for item in found])
+        else:
+            print_table(_VERSION_COLUMNS, map(_version_row, found), title=name)
+
+
+@app.command()
+def lineage(
+    ref: Ref,
+    *,
+    depth: Annotated[int, typer.Option(min=1, help="Show this many generations of the tree.")] = 10,
+    home: Home = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a version is made of, back to the first."""
+    with _registry(home, as_json=as_json) as registry:
+        node = registry.lineage(ref)
+        if as_json:
+            print_json(_lineage_facts(node))
+        else:
+            console().print(_tree(node, depth=depth))
+
+
+@app.command()
+def alias(
+    name: Annotated[str, typer.Argument(help="Name of the adapter.")],
+    alias: Annotated[str, typer.Argument(help="The alias, such as champion.")],
+    version: Annotated[int | None, typer.Argument(help="Number of the version to point it at.")] = None,
+    *,
+    remove: Annotated[bool, typer.Option("--remove", help="Delete the alias; the version stays.")] = False,
+    home: Home = None,
+    as_json: Json = False,
+) -> None:
+    """Point an alias at a version, or remove it."""
+    if remove == (version is not None):
+        raise typer.BadParameter("give the number of a version, or --remove")
+    with _registry(home, as_json=as_json, writes=True) as registry:
+        if version is None:
+            registry.remove_alias(name, alias)
+            _say(f"removed {name}@{alias}", {"removed": f"{name}@{alias}"}, as_json=as_json)
+        else:
+            moved = registry.set_alias(name, alias, version)
+            _say(f"{name}@{alias} is {moved.ref}", _version_facts(moved), as_json=as_json)
+
+
+@app.command()
+def tag(
+    ref: Ref,
+    pair: Annotated[str, typer.Argument(metavar="KEY=VALUE", help="The tag.")],
+    *,
+    home: Home = None,
+    as_json: Json = False,
+) -> None:
+    """Attach a tag to a version."""
+    with _registry(home, as_json=as_json, writes=True) as registry:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ConfigError(f"expected KEY=VALUE, got {pair!r}")
+        tagged = registry.set_tag(ref, key, value)
+        _say(f"{tagged.ref} has {key}={value}", _version_facts(tagged), as_json=as_json)
+
+
+@app.command()
+def export(
+    ref: Ref,
+    *,
+    to: Annotated[Path, typer.Option("--to", help="The folder to create.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
+    home: Home = None,
+    as_json: Json = False,
+) -> None:
+    """Write a version as a folder that plain peft loads."""
+    from pomona.storage.export import export_peft  # noqa: PLC0415
+
+    with _registry(home, as_json=as_json) as registry:
+        version = registry.resolve(ref)
+        folder = export_peft(registry, version.ref, to, overwrite=overwrite)
+        facts = {"ref": version.ref, "sha256": version.sha256, "directory": folder}
+        _say(f"wrote {version.ref} to {folder}", facts, as_json=as_json)
+
+
+@app.command()
+def runs(*, home: Home = None, as_json: Json = False) -> None:
+    """List all runs."""
+    with _registry(home, as_json=as_json) as registry:
+        found = registry.runs()
+        if as_json:
+            print_json(found)
+        else:
+            columns = ("run", "adapter", "state", "rounds", "clients", "started", "finished", "reason")
+            print_table(columns, [_run_row(registry, run) for run in found], title=f"{len(found)} runs")
+
+
+@contextmanager
+def _registry(home: Path | None, *, as_json: bool, writes: bool = False) -> Iterator["Registry"]:
+    from pomona.storage.registry import open_registry  # noqa: PLC0415
+
+    with exit_on_error(as_json=as_json), open_registry(home, read_only=not writes) as registry:
+        yield registry
+
+
+def _say(line: str, facts: Mapping[str, object], *, as_json: bool) -> None:
+    if as_json:
+        print_json(facts)
+    else:
+        console().print(plain(line), soft_wrap=True)
+
+
+def _version_facts(version: "Version") -> dict[str, object]:
+    names = ("adapter", "number", "sha256", "bytes", "base_sha256", "base_model", "rank", "kind", "exactness")
+    more = ("retained_energy", "run_id", "round_number", "created_at", "metrics", "tags", "aliases", "recipe")
+    return {"ref": version.ref} | {name: getattr(version, name) for name in (*names, *more)}
+
+
+def _adapter_facts(item: "AdapterSummary") -> dict[str, object]:
+    return {
+        "name": item.name,
+        "created_at": item.created_at,
+        "versions": item.versions,
+        "latest": _version_facts(item.latest) if item.latest else None,
+        "aliases": item.aliases,
+    }
+
+
+def _lineage_facts(root: "LineageNode") -> dict[str, object]:
+    return {
+        "ref": root.version.ref,
+        "versions": [
+            _version_facts(node.version)
+            | {
+                "parents": [
+                    {"ref": parent.version.ref, "kind": parent.kind, "coefficient": parent.coefficient}
+                    for parent in node.parents
+                ],
+                "submissions": node.submissions,
+            }
+            for node in _each_once(root)
+        ],
+    }
+
+
+def _each_once(root: "LineageNode") -> Iterator["LineageNode"]:
+    seen, queue = set[int](), [root]
+    for node in queue:
+        if node.version.id not in seen:
+            seen.add(node.version.id)
+            yield node
+            queue.extend(node.parents)
+
+
+def _tree(root: "LineageNode", *, depth: int) -> "Tree":
+    from rich.tree import Tree  # noqa: PLC0415
+
+    tree = Tree(_node_line(root))
+    shown, queue = {root.version.id}, [(root, tree, 1)]
+    for node, branch, level in queue:
+        for item in node.submissions:
+            branch.add(_submission_line(item))
+        for parent in node.parents:
+            if parent.version.id in shown:
+                branch.add(f"{_node_line(parent)} [dim](shown above)[/dim]")
+            elif level == depth:
+                branch.add(f"{_node_line(parent)} [dim](and on: --depth {depth + 1})[/dim]")
+            else:
+                shown.add(parent.version.id)
+                queue.append((parent, branch.add(_node_line(parent)), level + 1))
+    return tree
+
+
+def _node_line(node: "LineageNode") -> str:
+    edge = f" {plain(node.kind)} x {node.coefficient:g}" if node.kind else ""
+    version = node.version
+    return f"[bold]{plain(version.ref)}[/bold]{edge}, rank {version.rank}, {plain(_pairs(version.metrics))}"
+
+
+def _submission_line(item: "Submission") -> str:
+    client, rank, examples, weight, sha256, status, reason = map(cell, _submission_row(item))
+    why = f": {reason}" if item.reason else ""
+    return (
+        f"{client}  rank {rank}, {examples} examples, weight {weight}, {sha256}  "
+        f"[{'green' if item.status == 'accepted' else 'yellow'}]{status}[/]{why}"
+    )
+
+
+def _submission_row(item: "Submission") -> Sequence[object]:
+    return (
+        item.client,
+        item.rank,
+        item.num_examples,
+        item.weight,
+        item.sha256[:12],
+        item.status,
+        item.reason,
+    )
+
+
+def _adapter_row(item: "AdapterSummary") -> Sequence[object]:
+    newest = item.latest
+    return (
+        item.name,
+        item.versions,
+        newest.ref if newest else None,
+        newest.rank if newest else None,
+        _pairs(newest.metrics) if newest else None,
+        ", ".join(f"{name} = {number}" for name, number in item.aliases.items()),
+        newest.created_at if newest else item.created_at,
+    )
+
+
+def _version_row(version: "Version") -> Sequence[object]:
+    return (
+        version.number,
+        version.rank,
+        version.exactness,
+        version.retained_energy,
+        _pairs(version.metrics),
+        ", ".join(version.aliases),
+        _pairs(version.tags),
+        f"{version.run_id} round {version.round_number}" if version.run_id else version.kind,
+        version.created_at,
+    )
+
+
+def _version_details(version: "Version") -> list[tuple[str, object]]:
+    return [
+        *zip(_VERSION_COLUMNS, _version_row(version), strict=True),
+        ("base model", f"{version.base_model} {version.base_sha256[:12]}"),
+        ("sha256", version.sha256),
+        ("size", f"{version.bytes} bytes"),
+        ("recipe", _pairs(version.recipe)),
+    ]
+
+
+def _run_row(registry: "Registry", run: "Run") -> Sequence[object]:
+    rounds = registry.rounds(run.id)
+    committed = sum(item.state == "committed" for item in rounds)
+    return (
+        run.id,
+        run.adapter,
+        run.state,
+        f"{committed} of {len(rounds)} committed",
+        len(registry.clients(run.id)),
+        run.started_at,
+        run.finished_at,
+        run.reason,
+    )
+
+
+def _pairs(values: Mapping[str, object]) -> str:
+    return ", ".join(
+        f"{key}={f'{value:.4g}' if isinstance(value, float) else value}" for key, value in values.items()
+    )

@@ -1,0 +1,99 @@
+"""What coordinator and clients say to each other, as closed records of plain JSON. Imports no torch, no flwr.
+
+Every message carries one of these records and, where tensors travel, one payload (:mod:`pomona.wire`).
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
+
+from pomona.settings import Sha256, TrainingSettings
+
+ClientName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+
+ENROL = "query"
+TRAIN = "train"
+_MAX_ERROR_CHARS = 500
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
+
+
+class Invitation(_Record):
+    """What a client must know before it can say whether it takes part.
+
+    Attributes:
+        run_id: The run.
+        pomona_version: Version of the coordinator's package.
+        task: What is trained.
+        base: Name of the base model where it ships in a package, else empty: the client says where it lies.
+        base_sha256: Hash of the base model's weights.
+        target_modules: As in the run's settings.
+        max_length: Longer texts are cut, in tokens.
+        labels: The classes, in order; empty for causal language models.
+        max_rank: The largest rank that is accepted.
+    """
+
+    run_id: str
+    pomona_version: str
+    task: Literal["classification", "causal-lm"]
+    base: str
+    base_sha256: Sha256
+    target_modules: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    max_length: PositiveInt
+    labels: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    max_rank: PositiveInt
+
+
+class TrainRequest(_Record):
+    """One round's work for one client; the payload is the global adapter.
+
+    Attributes:
+        invitation: Repeated, so that a client that restarted can go on.
+        round_number: From 1.
+        parent: Reference of the global version in the payload, empty in the first round.
+        seed: Seed of the run.
+        training: How to train.
+    """
+
+    invitation: Invitation
+    round_number: PositiveInt
+    parent: str
+    seed: NonNegativeInt
+    training: TrainingSettings
+
+
+class Enrolled(_Record):
+    """A client's answer to an invitation.
+
+    Attributes:
+        name: The client's name.
+        rank: LoRA rank it trains.
+        num_examples: Size of its training set.
+        base_sha256: Hash of the base model it has.
+        pomona_version: Version of its package.
+    """
+
+    name: ClientName
+    rank: PositiveInt
+    num_examples: Annotated[int, Field(ge=1, le=2**63 - 1)]
+    base_sha256: Sha256
+    pomona_version: Annotated[str, Field(max_length=50)]
+
+
+class Refusal(_Record):
+    """A client's answer when it cannot do what it was asked.
+
+    Attributes:
+        name: The client's name, as far as it is known.
+        error: What was expected, what came, what to do.
+    """
+
+    name: Annotated[str, Field(max_length=100)]
+    error: Annotated[str, Field(max_length=_MAX_ERROR_CHARS)]
+
+
+def refusal(name: str, error: object) -> Refusal:
+    """Return a refusal, its text cut to what may travel."""
+    return Refusal(name=name[:100], error=str(error)[:_MAX_ERROR_CHARS])

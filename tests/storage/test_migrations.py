@@ -1,0 +1,146 @@
+"""A migration is right when it ends at the tables and can be undone, and when it runs once."""
+
+import multiprocessing
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy.engine.interfaces import ReflectedIndex
+
+from pomona.errors import RegistryUnavailable, SchemaTooNew
+from pomona.storage.registry import open_registry
+from pomona.storage.schema import alembic_config
+from pomona.storage.tables import metadata
+
+
+@pytest.fixture
+def config() -> Iterator[Config]:
+    engine = sa.create_engine("sqlite://", poolclass=sa.StaticPool)
+    with engine.begin() as connection:
+        config = alembic_config()
+        config.attributes["connection"] = connection
+        yield config
+    engine.dispose()
+
+
+def test_the_last_migration_ends_at_the_tables(config: Config) -> None:
+    command.upgrade(config, "head")
+    context = MigrationContext.configure(config.attributes["connection"], opts={"compare_type": True})
+    assert compare_metadata(context, metadata) == []
+
+
+def test_the_migration_has_the_constraints_that_comparing_does_not_see(config: Config) -> None:
+    command.upgrade(config, "head")
+    built = _constraints(config.attributes["connection"])
+    engine = sa.create_engine("sqlite://", poolclass=sa.StaticPool)
+    with engine.begin() as connection:
+        metadata.create_all(connection)
+        assert built == _constraints(connection)
+    engine.dispose()
+
+
+def test_every_step_can_be_undone_and_redone(config: Config) -> None:
+    connection = config.attributes["connection"]
+    for step in reversed(list(ScriptDirectory.from_config(config).walk_revisions())):
+        command.upgrade(config, step.revision)
+        command.downgrade(config, "-1")
+        command.upgrade(config, step.revision)
+    command.downgrade(config, "base")
+    assert sa.inspect(connection).get_table_names() == ["alembic_version"]
+
+
+def test_the_migrations_can_be_written_for_postgresql() -> None:
+    text = StringIO()
+    config = alembic_config()
+    config.output_buffer = text
+    config.attributes["dialect"] = "postgresql"
+    command.upgrade(config, "head", sql=True)
+    assert "WHERE status = 'accepted'" in text.getvalue()
+    assert "EXECUTE FUNCTION version_is_immutable()" in text.getvalue()
+
+
+def test_a_newer_registry_is_refused_and_left_alone(home: Path) -> None:
+    open_registry(home).close()
+    with closing(sqlite3.connect(home / "registry.db")) as connection, connection:
+        connection.execute("UPDATE alembic_version SET version_num = '9999'")
+    before = (home / "registry.db").read_bytes()
+    for read_only in (False, True):
+        with pytest.raises(SchemaTooNew, match=r"9999.*upgrade this one"):
+            open_registry(home, read_only=read_only)
+    assert (home / "registry.db").read_bytes() == before
+
+
+def test_an_unfinished_registry_is_not_migrated_by_a_reader(home: Path) -> None:
+    home.mkdir()
+    sqlite3.connect(home / "registry.db").close()
+    (home / "registry.db").touch()
+    with pytest.raises(RegistryUnavailable, match="read-only"):
+        open_registry(home, read_only=True)
+
+
+def test_threads_that_open_a_fresh_registry_together_all_succeed(home: Path) -> None:
+    errors: list[BaseException] = []
+    barrier = threading.Barrier(4)
+
+    def work() -> None:
+        try:
+            barrier.wait()
+            open_registry(home).close()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+
+
+def test_processes_that_open_a_fresh_registry_together_all_succeed(home: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_open_and_add, args=(home, digit)) for digit in "ab"]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    with closing(sqlite3.connect(home / "registry.db")) as connection:
+        assert connection.execute("SELECT count(*) FROM base_model").fetchone() == (2,)
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+def _open_and_add(home: Path, digit: str) -> None:
+    with open_registry(home) as registry:
+        registry.add_base_model(digit * 64, digit, "a process")
+
+
+def _constraints(connection: sa.Connection) -> dict[str, list[str]]:
+    inspector = sa.inspect(connection)
+    return {
+        table.name: sorted(
+            [f"{item['name']} {item['sqltext']}" for item in inspector.get_check_constraints(table.name)]
+            + [
+                f"{item['name']} {item['column_names']}"
+                for item in inspector.get_unique_constraints(table.name)
+            ]
+            + [_index(item) for item in inspector.get_indexes(table.name)]
+            + [f"{item['name']} {item['referred_table']}" for item in inspector.get_foreign_keys(table.name)]
+        )
+        for table in metadata.sorted_tables
+    }
+
+
+def _index(item: ReflectedIndex) -> str:
+    only = item.get("dialect_options", {}).get("sqlite_where", "")
+    return f"{item['name']} {item['unique']} {item['column_names']} {only}"
