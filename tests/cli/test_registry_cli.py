@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from pomona.cli import output
 from pomona.cli.registry import app
-from pomona.storage.records import NewSubmission, NewVersion
+from pomona.storage.records import NewSubmission, NewVersion, SubmissionStatus
 from pomona.storage.registry import Registry, open_registry
 
 BASE = "b" * 64
@@ -50,11 +50,20 @@ def _round(registry: Registry, number: int) -> None:
     parent = f"demo/{number - 1}" if number > 1 else None
     registry.enrol_client("run-1", name=HOSTILE, rank=4, num_examples=120)
     registry.open_round("run-1", number, parent=parent, cohort=[HOSTILE])
-    facts = {"run_id": "run-1", "round_number": number, "rank": 4, "alpha": 8.0, "num_examples": 120}
-    for status, reason in (("accepted", ""), ("rejected", "norm [red]1e9[/red]")):
+    answers: list[tuple[SubmissionStatus, str]] = [("accepted", ""), ("rejected", "norm [red]1e9[/red]")]
+    for status, reason in answers:
         registry.record_submission(
             NewSubmission(
-                **facts, client=HOSTILE, nonce=f"{status}{number}", status=status, reason=reason, payload=b"x"
+                run_id="run-1",
+                round_number=number,
+                client=HOSTILE,
+                rank=4,
+                alpha=8.0,
+                num_examples=120,
+                nonce=f"{status}{number}",
+                status=status,
+                reason=reason,
+                payload=b"x",
             )
         )
     registry.publish_round(

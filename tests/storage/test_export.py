@@ -1,4 +1,4 @@
-"""An export is right when plain peft scores like the base model plus the update, and is there whole or not at all."""
+"""An export scores in plain peft like the base model plus the update, and is there whole or not at all."""
 
 import errno
 import json
@@ -17,7 +17,6 @@ from transformers import (
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
-    PreTrainedModel,
     RobertaConfig,
     RobertaForSequenceClassification,
 )
@@ -29,6 +28,7 @@ from pomona.storage.registry import Registry
 
 Make = Callable[..., NewVersion]
 Publish = Callable[..., Version]
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 INPUTS = torch.tensor([[2, 5, 7, 1], [3, 3, 9, 1]])
 
 
@@ -47,20 +47,19 @@ def publish_payload(registry: Registry, make_version: Make) -> Callable[..., Ver
     return publish
 
 
-def tiny(kind: str) -> PreTrainedModel:
+def tiny(kind: str) -> nn.Module:
     torch.manual_seed(0)
-    shape = {
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 24,
-        "vocab_size": 30,
-        "max_position_embeddings": 16,
-        "num_labels": 3,
-    }
-    if kind == "bert":
-        return BertForSequenceClassification(BertConfig(**shape)).eval()
-    return RobertaForSequenceClassification(RobertaConfig(**shape)).eval()
+    config = (BertConfig if kind == "bert" else RobertaConfig)(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        vocab_size=30,
+        max_position_embeddings=16,
+        num_labels=3,
+    )
+    model = BertForSequenceClassification if kind == "bert" else RobertaForSequenceClassification
+    return model(config).train(False)
 
 
 def ragged(model: nn.Module, *, head: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -119,7 +118,7 @@ def test_the_keys_are_those_that_peft_writes(
     base = tiny("bert")
     publish_payload(save(ragged(base, head="classifier")[0]))
     folder = export_peft(registry, "demo/1", tmp_path / "export")
-    PeftModel.from_pretrained(base, folder).save_pretrained(tmp_path / "by-peft")
+    PeftModel.from_pretrained(base, folder).save_pretrained(str(tmp_path / "by-peft"))
     ours = load_file(folder / "adapter_model.safetensors")
     theirs = load_file(tmp_path / "by-peft" / "adapter_model.safetensors")
     assert {key: value.shape for key, value in ours.items()} == {
@@ -130,7 +129,9 @@ def test_the_keys_are_those_that_peft_writes(
 def test_a_causal_model_has_no_head(
     registry: Registry, publish_payload: Callable[..., Version], tmp_path: Path
 ) -> None:
-    base = GPT2LMHeadModel(GPT2Config(vocab_size=30, n_positions=16, n_embd=16, n_layer=1, n_head=2)).eval()
+    base = GPT2LMHeadModel(
+        GPT2Config(vocab_size=30, n_positions=16, n_embd=16, n_layer=1, n_head=2, tie_word_embeddings=False)
+    ).train(False)
     before = logits(base)
     payload = {"lora_A.lm_head": torch.full((2, 16), 0.1), "lora_B.lm_head": torch.full((30, 2), 0.1)}
     publish_payload(save(payload), task="causal-lm")
@@ -208,7 +209,7 @@ ONE = {"lora_A.x": torch.ones(2, 3), "lora_B.x": torch.ones(4, 2)}
 
 
 @pytest.mark.parametrize(
-    ("payload", "recipe", "error"),
+    ("payload", "recipe", "refusal"),
     [
         (b"nothing of the kind", {}, PayloadError),
         (save({"weight": torch.ones(1)}), {}, PayloadError),
@@ -220,16 +221,16 @@ ONE = {"lora_A.x": torch.ones(2, 3), "lora_B.x": torch.ones(4, 2)}
         (save(ONE), {"task": ["classification"]}, ConfigError),
     ],
 )
-def test_what_peft_could_not_load_is_not_written(
+def test_what_peft_could_not_load_is_not_written(  # noqa: PLR0917
     registry: Registry,
     publish_payload: Callable[..., Version],
     tmp_path: Path,
     payload: bytes,
     recipe: Mapping[str, object],
-    error: type[Exception],
+    refusal: type[Exception],
 ) -> None:
     publish_payload(payload, **recipe)
-    with pytest.raises(error):
+    with pytest.raises(refusal):
         export_peft(registry, "demo", tmp_path / "export")
     assert not (tmp_path / "export").exists()
 

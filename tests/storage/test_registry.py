@@ -285,9 +285,8 @@ def test_a_folder_without_write_permission_can_be_read_and_not_written() -> None
             "    ctypes.CDLL(None).capset((ctypes.c_uint32 * 2)(0x20080522, 0), none)\n"
             "home = Path(sys.argv[1])\n"
             "with open_registry(home, read_only=True) as registry: print(registry.runs()[0].id)\n"
-            "with open_registry(home) as registry:\n"
-            "    try: registry.finish_run('r', 'finished')\n"
-            "    except RegistryUnavailable as error: print(error)\n"
+            "try: open_registry(home)\n"
+            "except RegistryUnavailable as error: print(error)\n"
         )
         done = subprocess.run(
             [sys.executable, "-c", script, home], check=False, capture_output=True, text=True

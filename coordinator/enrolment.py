@@ -1,0 +1,119 @@
+"""Who takes part: clients introduce themselves once and are held to what they said.
+
+Flower knows nodes by a number that changes when a node restarts without a key; people and the registry know clients by
+name. A name belongs to one connected node at a time.
+"""
+
+import random
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from pydantic import ValidationError
+
+from pomona import __version__
+from pomona.aggregation.verify import Enrolment
+from pomona.protocol import Enrolled, Invitation, Refusal
+from pomona.settings import CohortSettings, TrainingSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Introduction:
+    """How an introduction ended.
+
+    Attributes:
+        name: The client's name, as far as it is known.
+        rank: As stated, 0 if unknown.
+        num_examples: As stated, 0 if unknown.
+        excluded: Why it takes no part, ``""`` when it does.
+    """
+
+    name: str
+    rank: int = 0
+    num_examples: int = 0
+    excluded: str = ""
+
+
+@dataclass(slots=True)
+class Roster:
+    """The clients of a run, by name, and the nodes they are at.
+
+    Attributes:
+        members: Enrolment of every client that ever took part.
+        nodes: Node of each client; the latest.
+    """
+
+    members: dict[str, Enrolment] = field(default_factory=dict)
+    nodes: dict[str, int] = field(default_factory=dict)
+    _seen: set[int] = field(default_factory=set)
+
+    def newcomers(self, online: Collection[int]) -> list[int]:
+        """Return the connected nodes that have not been asked yet."""
+        return sorted(set(online) - self._seen)
+
+    def present(self, online: Collection[int]) -> list[str]:
+        """Return the names of the clients that are connected, sorted."""
+        return sorted(name for name, node in self.nodes.items() if node in set(online))
+
+    def introduce(
+        self, node: int, kind: str, json: str, *, invitation: Invitation, training: TrainingSettings, online: Collection[int]
+    ) -> Introduction:
+        """Take a node's answer to its invitation, and enrol it or say why not."""
+        self._seen.add(node)
+        try:
+            if kind == "refusal":
+                told = Refusal.model_validate_json(json)
+                return Introduction(shown(told.name, node), excluded=told.error)
+            answer = Enrolled.model_validate_json(json)
+        except ValidationError as error:
+            problem = error.errors(include_url=False)[0]
+            where = ".".join(map(str, problem["loc"]))
+            return Introduction(shown("", node), excluded=f"its answer is malformed: {where}: {problem['msg']}")
+        enrolment = Enrolment(
+            client=answer.name,
+            rank=answer.rank,
+            alpha=training.alpha_per_rank * answer.rank,
+            rslora=training.rslora,
+            num_examples=answer.num_examples,
+        )
+        reason = self._objection(node, answer, enrolment, invitation, online)
+        if not reason:
+            self.members[answer.name], self.nodes[answer.name] = enrolment, node
+        return Introduction(answer.name, answer.rank, answer.num_examples, reason)
+
+    def lost(self, node: int) -> Introduction:
+        """Record that a node did not answer its invitation; it is asked again when it is seen again."""
+        return Introduction(shown("", node), excluded="it did not answer the invitation")
+
+    def _objection(
+        self, node: int, answer: Enrolled, enrolment: Enrolment, invitation: Invitation, online: Collection[int]
+    ) -> str:
+        if answer.pomona_version != __version__:
+            return f"it runs pomona {answer.pomona_version}, the coordinator {__version__}"
+        if answer.base_sha256 != invitation.base_sha256:
+            return f"its base model has sha256 {answer.base_sha256[:12]}, the run's {invitation.base_sha256[:12]}"
+        if answer.rank > invitation.max_rank:
+            return f"its rank {answer.rank} is above max_rank={invitation.max_rank}"
+        holder = self.nodes.get(answer.name)
+        if holder is not None and holder != node and holder in online:
+            return "another connected client has that name"
+        if (before := self.members.get(answer.name)) is not None and before != enrolment:
+            return f"it enrolled as {before} and now says {enrolment}"
+        return ""
+
+
+def choose_cohort(present: Collection[str], settings: CohortSettings, *, seed: int, round_number: int) -> list[str]:
+    """Return the clients of a round, sorted; a function of who is present, the seed and the round."""
+    names = sorted(present)
+    if settings.size is not None:
+        wanted = settings.size
+    elif settings.fraction is not None:
+        wanted = max(1, round(settings.fraction * len(names)))
+    else:
+        wanted = len(names)
+    chooser = random.Random(f"cohort:{seed}:{round_number}")  # noqa: S311 - which clients are asked is no secret here
+    return sorted(chooser.sample(names, min(wanted, len(names))))
+
+
+def shown(name: str, node: int) -> str:
+    """Return a client's name, or its node where it has not told one."""
+    return name or f"node-{node}"

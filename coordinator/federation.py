@@ -1,0 +1,296 @@
+"""One federated run, from the first handshake to the last version: the round loop of the coordinator.
+
+Flower's own ``Strategy.start`` waits for everybody, always starts at round 1, and has no deadline for one client.
+This loop takes replies as they come, closes a round at its deadline, lets clients join between rounds, and publishes
+every round to the registry before the next one begins.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.serverapp import Grid
+
+from pomona import __version__
+from pomona.adapters import AdapterWeights
+from pomona.base_model import base_model_sha256, check_base_model, find_base_model, is_packaged, public_name
+from pomona.batches import Encoded
+from pomona.coordinator.enrolment import Introduction, Roster, choose_cohort
+from pomona.coordinator.strategy import Aggregate, BoundedFlora
+from pomona.datasets import Dataset, class_names, load_dataset
+from pomona.errors import NotEnoughClients, PayloadError
+from pomona.lora_model import AdaptedModel, Scores
+from pomona.messages import pack, unpack
+from pomona.protocol import ENROL, Invitation
+from pomona.settings import RunSettings
+from pomona.storage.records import NewVersion, Version
+from pomona.storage.registry import Registry
+from pomona.wire import encode_weights
+
+_log = logging.getLogger(__name__)
+
+_POLL_S = 0.1
+_JOIN_POLL_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """The coordinator's data: what is scored, and the classes."""
+
+    dataset: Dataset
+    labels: tuple[str, ...]
+
+
+def load_held_out(settings: RunSettings) -> HeldOut:
+    """Load the coordinator's held-out data and decide the classes of the run.
+
+    Raises:
+        DataError: The data are missing, empty or malformed.
+    """
+    data, task = settings.data, settings.task
+    split = None if data.evaluation_split == "all" else data.evaluation_split
+    held_out = load_dataset(data.source, split=split, task=task)
+    if len(held_out) > data.evaluation_examples:
+        order = np.random.default_rng(settings.seed).permutation(len(held_out))
+        held_out = held_out.subset(sorted(order[: data.evaluation_examples].tolist()))
+    labels = data.labels
+    if task == "classification" and not labels:
+        labels = class_names(load_dataset(data.source, split=None, task=task))
+    return HeldOut(held_out, labels if task == "classification" else ())
+
+
+def begin_run(registry: Registry, settings: RunSettings, *, run_id: str) -> Invitation:
+    """Record a run in the registry and return what its clients are told.
+
+    Raises:
+        BaseModelError: The base model is not here, or is not the one that the settings name.
+        DataError: The held-out data cannot be used.
+    """
+    path = find_base_model(settings.model.base)
+    if settings.model.sha256:
+        check_base_model(path, expected_sha256=settings.model.sha256)
+    sha256 = base_model_sha256(path)
+    held_out = load_held_out(settings)
+    registry.add_base_model(sha256, public_name(settings.model.base), settings.model.base)
+    registry.start_run(
+        run_id=run_id, adapter=settings.name, base_sha256=sha256, settings_json=settings.model_dump_json()
+    )
+    return Invitation(
+        run_id=run_id,
+        pomona_version=__version__,
+        task=settings.task,
+        base=settings.model.base if is_packaged(settings.model.base) else "",
+        base_sha256=sha256,
+        target_modules=settings.model.target_modules,
+        max_length=settings.model.max_length,
+        labels=held_out.labels,
+        max_rank=settings.aggregation.max_rank,
+    )
+
+
+def run_federation(grid: Grid, settings: RunSettings, registry: Registry, *, run_id: str) -> list[Version]:
+    """Run all rounds and return the versions that were published, oldest first.
+
+    However it ends, the run's row in the registry says so.
+
+    Raises:
+        NotEnoughClients: Too few clients joined in time, or answered.
+    """
+    invitation = begin_run(registry, settings, run_id=run_id)
+    try:
+        versions = _Federation(grid, settings, registry, invitation).run()
+    except BaseException as error:
+        registry.finish_run(run_id, "failed", f"{type(error).__name__}: {error}")
+        raise
+    registry.finish_run(run_id, "finished")
+    return versions
+
+
+class _Federation:
+    def __init__(self, grid: Grid, settings: RunSettings, registry: Registry, invitation: Invitation) -> None:
+        self._grid, self._settings, self._registry, self._invitation = grid, settings, registry, invitation
+        self._model = AdaptedModel(
+            find_base_model(settings.model.base),
+            task=settings.task,
+            labels=invitation.labels,
+            target_modules=settings.model.target_modules,
+        )
+        held_out = load_held_out(settings).dataset
+        self._held_out: Encoded = self._model.encode(
+            held_out.texts, held_out.labels, max_length=settings.model.max_length
+        )
+        self._roster = Roster()
+        self._strategy = BoundedFlora(
+            settings=settings,
+            invitation=invitation,
+            manifest=self._model.manifest,
+            registry=registry,
+            roster=self._roster,
+            weights=AdapterWeights(heads=self._model.initial_heads(seed=settings.seed)),
+        )
+
+    def run(self) -> list[Version]:
+        self._strategy.summary()
+        self._wait_for_clients()
+        scores = self._score(self._strategy.weights)
+        self._registry.set_initial_metrics(
+            self._invitation.run_id, {"accuracy": scores.accuracy, "loss": scores.loss}
+        )
+        return [self._round(number) for number in range(1, self._settings.rounds + 1)]
+
+    def _round(self, number: int) -> Version:
+        run_id, strategy = self._invitation.run_id, self._strategy
+        self._enrol_newcomers(timeout_s=self._settings.cohort.join_timeout_s)
+        present = self._roster.present(self._online())
+        cohort = choose_cohort(present, self._settings.cohort, seed=self._settings.seed, round_number=number)
+        self._registry.open_round(run_id, number, parent=strategy.parent or None, cohort=cohort)
+        try:
+            config = ConfigRecord({"cohort": cohort})
+            messages = list(strategy.configure_train(number, ArrayRecord(), config, self._grid))
+            self._collect(messages, cohort)
+            aggregate = strategy.close()
+        except NotEnoughClients as error:
+            self._registry.fail_round(run_id, number, str(error))
+            raise
+        version = self._publish(number, aggregate)
+        strategy.weights, strategy.parent = aggregate.weights, version.ref
+        return version
+
+    def _collect(self, messages: Sequence[Message], cohort: Sequence[str]) -> None:
+        deadline_s = self._settings.cohort.round_deadline_s
+        waiting = set(cohort)
+        for position, reply in collect(self._grid, messages, deadline_s=deadline_s):
+            waiting.discard(cohort[position])
+            self._strategy.receive(cohort[position], reply)
+        for client in sorted(waiting):
+            self._strategy.missed(client)
+
+    def _publish(self, number: int, aggregate: Aggregate) -> Version:
+        settings, run_id = self._settings, self._invitation.run_id
+        scores = self._score(aggregate.weights)
+        energy = list(aggregate.retained_energy.values()) or [1.0]
+        payload = encode_weights(
+            aggregate.weights,
+            metadata={"format": "adapter/1", "base_sha256": self._invitation.base_sha256, "run_id": run_id, "round": number},
+        )
+        return self._registry.publish_round(
+            NewVersion(
+                run_id=run_id,
+                round_number=number,
+                adapter=settings.name,
+                payload=payload,
+                base_sha256=self._invitation.base_sha256,
+                rank=aggregate.weights.rank,
+                exactness="exact" if min(energy) >= 1.0 else "truncated",
+                retained_energy=min(energy),
+                recipe={
+                    "strategy": settings.aggregation.strategy,
+                    "task": settings.task,
+                    "labels": list(self._invitation.labels),
+                    "max_rank": settings.aggregation.max_rank,
+                    "energy": settings.aggregation.energy,
+                    "max_length": settings.model.max_length,
+                    "seed": settings.seed,
+                },
+                metrics={
+                    "accuracy": scores.accuracy,
+                    "loss": scores.loss,
+                    "train_loss": aggregate.train_loss,
+                    "retained_energy_mean": float(np.mean(energy)),
+                    "retained_energy_min": min(energy),
+                },
+                weights=aggregate.client_weights,
+                bytes_down=aggregate.bytes_down,
+                bytes_up=aggregate.bytes_up,
+                seconds=aggregate.seconds,
+            )
+        )
+
+    def _score(self, weights: AdapterWeights) -> Scores:
+        self._model.attach(weights)
+        return self._model.score(self._held_out)
+
+    def _wait_for_clients(self) -> None:
+        cohort = self._settings.cohort
+        deadline = time.monotonic() + cohort.join_timeout_s
+        while True:
+            self._enrol_newcomers(timeout_s=max(1.0, deadline - time.monotonic()))
+            if len(present := self._roster.present(self._online())) >= cohort.min_clients:
+                return
+            if time.monotonic() > deadline:
+                raise NotEnoughClients(
+                    f"expected {cohort.min_clients} clients within {cohort.join_timeout_s:g} s, got {len(present)}"
+                    f"{_why(self._registry.clients(self._invitation.run_id))}; "
+                    "join more, or lower cohort.min_clients"
+                )
+            time.sleep(_JOIN_POLL_S)
+
+    def _enrol_newcomers(self, *, timeout_s: float) -> None:
+        online = self._online()
+        nodes = self._roster.newcomers(online)
+        invitation = self._invitation.model_dump_json()
+        messages = [
+            Message(pack("invitation", invitation), dst_node_id=node, message_type=ENROL, ttl=timeout_s)
+            for node in nodes
+        ]
+        for position, reply in collect(self._grid, messages, deadline_s=timeout_s):
+            self._enrol(self._introduction(nodes[position], reply, online))
+
+    def _introduction(self, node: int, reply: Message, online: Sequence[int]) -> Introduction:
+        if reply.has_error():
+            return self._roster.lost(node)
+        try:
+            kind, json, _ = unpack(reply)
+        except PayloadError as error:
+            return Introduction(f"node-{node}", excluded=str(error))
+        return self._roster.introduce(
+            node, kind, json, invitation=self._invitation, training=self._settings.training, online=online
+        )
+
+    def _enrol(self, who: Introduction) -> None:
+        if who.excluded:
+            _log.warning("client %s takes no part: %s", who.name, who.excluded)
+            if who.name in self._roster.members:
+                return
+        self._registry.enrol_client(
+            self._invitation.run_id,
+            name=who.name,
+            rank=who.rank,
+            num_examples=who.num_examples,
+            excluded=who.excluded,
+        )
+
+    def _online(self) -> list[int]:
+        return list(self._grid.get_node_ids())
+
+
+def collect(
+    grid: Grid, messages: Sequence[Message], *, deadline_s: float, now: Callable[[], float] = time.monotonic
+) -> Iterator[tuple[int, Message]]:
+    """Send messages and yield each reply when it lands, with the position of the message it answers.
+
+    Ends when all have been answered or the deadline has passed. A reply that Flower makes itself for a lost node does
+    not name that node, so replies are matched by message.
+    """
+    waiting = {
+        message_id: position
+        for position, message_id in enumerate(grid.push_messages(messages) if messages else [])
+        if message_id
+    }
+    deadline = now() + deadline_s
+    while waiting:
+        for reply in grid.pull_messages(list(waiting)):
+            if (position := waiting.pop(reply.metadata.reply_to_message_id, None)) is not None:
+                yield position, reply
+        if now() > deadline:
+            return
+        if waiting:
+            time.sleep(_POLL_S)
+
+
+def _why(clients: Sequence[object]) -> str:
+    excluded = [client for client in clients if getattr(client, "excluded", "")]
+    return "".join(f"; {getattr(c, 'name')} takes no part: {getattr(c, 'excluded')}" for c in excluded)  # noqa: B009

@@ -1,0 +1,139 @@
+"""The coordinator's server: a Flower SuperLink whose Fleet API clients join over gRPC.
+
+Only the Fleet port faces clients. Flower's control port has no authentication, so it stays on loopback.
+"""
+
+import fcntl
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from pomona.errors import ConfigError, ProcessDied, ProcessError
+from pomona.processes import Supervisor, check_port, child_environment, free_ports, listens
+
+_FACTS = "server.json"
+_START_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tls:
+    """Certificate files (PEM) of the server."""
+
+    ca_certificate: Path
+    certificate: Path
+    key: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Server:
+    """Where a running server listens.
+
+    Attributes:
+        pid: Process that keeps it.
+        fleet: ``HOST:PORT`` that clients join.
+        control: ``HOST:PORT`` on loopback that runs are started at.
+        ca_certificate: Path of the certificate authority; ``""`` without TLS.
+    """
+
+    pid: int
+    fleet: str
+    control: str
+    ca_certificate: str = ""
+
+
+@contextmanager
+def run_server(supervisor: Supervisor, home: Path, *, host: str, port: int, tls: Tls | None) -> Iterator[Server]:
+    """Start a server and take it down at the end.
+
+    Args:
+        supervisor: Owns its processes.
+        home: Folder of the registry; holds the server's state too.
+        host: Address that clients join.
+        port: Port that clients join; 0: a free one.
+        tls: Certificates; None: without TLS.
+
+    Raises:
+        ConfigError: A certificate file is missing.
+        PortInUse: Another program listens on the port.
+        ProcessError: A server runs on this folder already.
+        ProcessDied: Flower's SuperLink does not come up.
+    """
+    for path in (tls.ca_certificate, tls.certificate, tls.key) if tls else ():
+        if not path.is_file():
+            raise ConfigError(f"there is no certificate file {path}")
+    with _only_server(home):
+        if port:
+            check_port(host, port)
+        control_port, *rest = free_ports(1 if port else 2)
+        server = Server(
+            pid=os.getpid(),
+            fleet=f"{host}:{port or rest[0]}",
+            control=f"127.0.0.1:{control_port}",
+            ca_certificate=str(tls.ca_certificate) if tls else "",
+        )
+        env = child_environment({"FLWR_HOME": str(home / "flwr"), "POMONA_HOME": str(home)})
+        supervisor.start("superlink", _command(server, home, tls), env=env)
+        supervisor.wait_for(
+            lambda: listens(server.fleet) and listens(server.control), what="the SuperLink", timeout_s=_START_TIMEOUT_S
+        )
+        facts = home / _FACTS
+        facts.write_text(json.dumps(asdict(server)), encoding="utf-8")
+        try:
+            yield server
+        finally:
+            facts.unlink(missing_ok=True)
+
+
+def find_server(home: Path) -> Server:
+    """Return the server that runs on a folder.
+
+    Raises:
+        ProcessDied: None does.
+    """
+    with suppress(OSError, ValueError, TypeError):
+        server = Server(**json.loads((home / _FACTS).read_text(encoding="utf-8")))
+        if psutil.pid_exists(server.pid):
+            return server
+    raise ProcessDied(f"no server runs on {home}; start one with `pomona server`")
+
+
+def _command(server: Server, home: Path, tls: Tls | None) -> list[str]:
+    host, port = server.control.rsplit(":", 1)
+    security = (
+        ["--insecure"]
+        if tls is None
+        else [
+            "--ssl-ca-certfile", str(tls.ca_certificate),
+            "--ssl-certfile", str(tls.certificate),
+            "--ssl-keyfile", str(tls.key),
+        ]
+    )  # fmt: skip
+    return [
+        str(Path(sys.executable).parent / "flower-superlink"),
+        *security,
+        "--host", host, "--port", port,
+        "--fleet-api-type", "grpc-rere", "--fleet-api-address", server.fleet,
+        "--database", str(home / "superlink.db"),
+        "--disable-runtime-dependency-installation",
+    ]  # fmt: skip
+
+
+@contextmanager
+def _only_server(home: Path) -> Iterator[None]:
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        lock = (home / "server.lock").open("a")
+    except OSError as error:
+        raise ProcessError(f"cannot write in {home}: {error}; choose another --home") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ProcessError(f"a server runs on {home} already; stop it or choose another --home") from error
+        yield

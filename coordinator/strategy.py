@@ -1,0 +1,267 @@
+"""Bounded FLoRA as a Flower strategy: the global adapter goes out, updates come back, their exact sum is truncated.
+
+With global adapter ``G``, weights ``p_k = n_k / sum n``, scales ``s_k`` and updates ``B_k A_k`` (FLoRA eq. 5)::
+
+    G' = truncate(G + sum_k p_k s_k B_k A_k)
+
+The sum is exact, by stacking; the truncation to ``max_rank`` is optimal, and what it loses is reported. Updates are taken
+one by one as they come: each is checked, then recorded, before it counts.
+"""
+
+import logging
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from pomona.adapters import AdapterUpdate, AdapterWeights
+from pomona.aggregation.flora import aggregate_layers
+from pomona.aggregation.heads import average_heads
+from pomona.aggregation.verify import Expected, verify_update
+from pomona.aggregation.weights import example_weights
+from pomona.coordinator.enrolment import Roster
+from pomona.errors import NotEnoughClients, PayloadError, UpdateRejected, VersionConflict
+from pomona.manifest import AdapterManifest
+from pomona.messages import pack, unpack
+from pomona.protocol import Invitation, Refusal, TrainRequest
+from pomona.settings import RunSettings
+from pomona.storage.records import NewSubmission, SubmissionStatus
+from pomona.storage.registry import Registry
+from pomona.wire import decode_update, digest, encode_weights
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Aggregate:
+    """What a round gives.
+
+    Attributes:
+        weights: The next global adapter.
+        client_weights: ``p_k`` of every client that counted.
+        retained_energy: Share of the energy that truncation kept, per layer.
+        train_loss: Weighted mean of what clients report.
+        bytes_down: Payload bytes sent to clients.
+        bytes_up: Payload bytes received, rejected ones too.
+        seconds: From the first message out to the aggregate.
+    """
+
+    weights: AdapterWeights
+    client_weights: Mapping[str, float]
+    retained_energy: Mapping[str, float]
+    train_loss: float
+    bytes_down: int
+    bytes_up: int
+    seconds: float
+
+
+@dataclass(slots=True)
+class _Round:
+    number: int
+    cohort: Sequence[str]
+    began: float
+    bytes_down: int = 0
+    bytes_up: int = 0
+    accepted: dict[str, AdapterUpdate] = field(default_factory=dict)
+
+
+class BoundedFlora(Strategy):
+    """The state of a run between rounds: the global adapter, and what has been seen.
+
+    Attributes:
+        weights: The global adapter.
+        parent: Its reference in the registry, ``""`` before the first round.
+    """
+
+    def __init__(
+        self, *, settings: RunSettings, invitation: Invitation, manifest: AdapterManifest, registry: Registry, roster: Roster, weights: AdapterWeights
+    ) -> None:
+        self._settings, self._invitation, self._manifest = settings, invitation, manifest
+        self._registry, self._roster = registry, roster
+        self.weights = weights
+        self.parent = ""
+        self._seen_nonces: set[str] = set()
+        self._seen_digests: set[str] = set()
+        self._round = _Round(0, (), 0.0)
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Return the round's messages to its cohort; ``config["cohort"]`` has the names.
+
+        The global adapter is this object's, so ``arrays`` is not read.
+        """
+        del arrays, grid
+        cohort = [str(name) for name in config["cohort"]]  # type: ignore[union-attr]
+        self._round = _Round(server_round, cohort, time.monotonic())
+        payload = encode_weights(self.weights, metadata={"format": "global/1", "parent": self.parent})
+        request = TrainRequest(
+            invitation=self._invitation,
+            round_number=server_round,
+            parent=self.parent,
+            seed=self._settings.seed,
+            training=self._settings.training,
+        ).model_dump_json()
+        self._round.bytes_down = len(payload) * len(cohort)
+        return [
+            Message(
+                pack("train", request, payload),
+                dst_node_id=self._roster.nodes[name],
+                message_type=MessageType.TRAIN,
+                ttl=self._settings.cohort.round_deadline_s,
+                group_id=str(server_round),
+            )
+            for name in cohort
+        ]
+
+    def receive(self, client: str, reply: Message) -> str:
+        """Check and record one answer.
+
+        Returns:
+            Why it does not count, ``""`` when it does.
+        """
+        payload = b""
+        try:
+            payload = self._payload(client, reply)
+            self._round.bytes_up += len(payload)
+            update = self._verified(client, payload)
+            self._record(client, payload, update, "accepted", "")
+        except (PayloadError, VersionConflict) as error:
+            reason = error.reason if isinstance(error, UpdateRejected) else str(error)
+            _log.warning("round %d: the update of %s does not count: %s", self._round.number, client, reason)
+            self._record(client, payload, None, "rejected", reason)
+            return reason
+        self._seen_nonces.add(update.nonce)
+        self._seen_digests.add(digest(payload))
+        self._round.accepted[client] = update
+        return ""
+
+    def missed(self, client: str) -> None:
+        """Record that a client did not answer in time."""
+        self._record(client, b"", None, "late", "it did not answer before the deadline of the round")
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Take all replies at once and close the round, as Flower's own loop does."""
+        names = {node: name for name, node in self._roster.nodes.items()}
+        for reply in replies:
+            self.receive(names.get(reply.metadata.src_node_id, f"node-{reply.metadata.src_node_id}"), reply)
+        aggregate = self.close()
+        metrics = {"train_loss": aggregate.train_loss, "clients": len(aggregate.client_weights)}
+        content = pack("global", "{}", encode_weights(aggregate.weights))
+        return content.array_records["tensors"], MetricRecord(metrics)
+
+    def close(self) -> Aggregate:
+        """Aggregate what was accepted; a function of the set of updates, not of their order.
+
+        Raises:
+            NotEnoughClients: Fewer updates than ``cohort.min_replies`` were accepted.
+        """
+        updates = [self._round.accepted[name] for name in sorted(self._round.accepted)]
+        needed = self._settings.cohort.min_replies
+        if len(updates) < needed:
+            raise NotEnoughClients(
+                f"round {self._round.number} needs {needed} accepted updates, got {len(updates)} "
+                f"from a cohort of {len(self._round.cohort)}; `pomona registry lineage` and the log say why"
+            )
+        weights = example_weights([update.num_examples for update in updates])
+        limits = self._settings.aggregation
+        layers, energy = aggregate_layers(
+            self.weights.layers,
+            [self._scaled(update) for update in updates],
+            weights=weights,
+            max_rank=limits.max_rank,
+            energy=limits.energy,
+        )
+        heads = average_heads([update.weights.heads for update in updates], weights=weights)
+        return Aggregate(
+            weights=AdapterWeights(layers=layers, heads=heads),
+            client_weights={update.client: weight for update, weight in zip(updates, weights, strict=True)},
+            retained_energy=energy,
+            train_loss=sum(w * u.train_loss for u, w in zip(updates, weights, strict=True)),
+            bytes_down=self._round.bytes_down,
+            bytes_up=self._round.bytes_up,
+            seconds=time.monotonic() - self._round.began,
+        )
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Ask nobody: the coordinator scores on its own held-out data."""
+        del server_round, arrays, config, grid
+        return []
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Return nothing, as nobody was asked."""
+        del server_round, replies
+        return None
+
+    def summary(self) -> None:
+        """Log what this strategy does."""
+        limits = self._settings.aggregation
+        _log.info("flora-bounded: max_rank %d, energy %g, %d rounds", limits.max_rank, limits.energy, self._settings.rounds)
+
+    def _payload(self, client: str, reply: Message) -> bytes:
+        if reply.has_error():
+            raise UpdateRejected(client, f"no answer (Flower error {reply.error.code}): {reply.error.reason}"[:500])
+        kind, json, payload = unpack(reply)
+        if kind == "refusal":
+            raise UpdateRejected(client, _refused(client, json))
+        if not payload:
+            raise UpdateRejected(client, "expected an update, got an answer without a payload")
+        return payload
+
+    def _verified(self, client: str, payload: bytes) -> AdapterUpdate:
+        limits = self._settings.aggregation
+        update = decode_update(payload)
+        expected = Expected(
+            run_id=self._invitation.run_id,
+            round_number=self._round.number,
+            parent=self.parent,
+            manifest=self._manifest,
+            max_update_norm=limits.max_update_norm,
+            max_examples=limits.max_examples,
+            max_rank=limits.max_rank,
+        )
+        if client not in self._roster.members or client not in self._round.cohort:
+            raise UpdateRejected(client, f"it was not asked in round {self._round.number}")
+        if client in self._round.accepted or update.nonce in self._seen_nonces or digest(payload) in self._seen_digests:
+            raise UpdateRejected(client, "a second copy of an update that has been counted")
+        verify_update(update, enrolment=self._roster.members[client], expected=expected)
+        return update
+
+    def _scaled(self, update: AdapterUpdate) -> Mapping[str, Any]:
+        scale = self._roster.members[update.client].scale
+        return {name: replace(factors, scale=scale) for name, factors in update.weights.layers.items()}
+
+    def _record(
+        self, client: str, payload: bytes, update: AdapterUpdate | None, status: SubmissionStatus, reason: str
+    ) -> None:
+        member = self._roster.members.get(client)
+        self._registry.record_submission(
+            NewSubmission(
+                run_id=self._invitation.run_id,
+                round_number=self._round.number,
+                client=client,
+                rank=member.rank if member else 0,
+                alpha=member.alpha if member else 0.0,
+                num_examples=member.num_examples if member else 0,
+                nonce=update.nonce if update else f"none-{self._round.number}-{client}"[:64],
+                status=status,
+                reason=reason,
+                payload=payload,
+                train_loss=update.train_loss if update else 0.0,
+            )
+        )
+
+
+def _refused(client: str, json: str) -> str:
+    try:
+        return f"the client refused: {Refusal.model_validate_json(json).error}"
+    except ValueError as error:
+        raise UpdateRejected(client, "its refusal is malformed") from error
