@@ -58,24 +58,25 @@ class JoinSettings:
         load_dataset(self.data, split=None, task="causal-lm")
 
 
-def start_client(supervisor: Supervisor, settings: JoinSettings, *, folder: Path) -> None:
-    """Start the processes of one client.
-
-    Args:
-        supervisor: Owns them.
-        settings: Checked settings.
-        folder: A private folder for the client's socket and Flower's state.
-    """
+def start_trainer(supervisor: Supervisor, settings: JoinSettings) -> Path:
+    """Start the trainer of a client and return its socket, in a new folder that only the user can enter."""
     socket = Path(tempfile.mkdtemp(prefix="pomona-", dir="/tmp")) / "trainer"  # noqa: S108 - socket paths must be short
     threads = str(settings.threads)
-    env = child_environment(
-        {
-            "FLWR_HOME": str(folder / "flwr"),
-            "OMP_NUM_THREADS": threads,
-            "MKL_NUM_THREADS": threads,
-        }
-    )
+    env = child_environment({"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads})
     supervisor.start(f"{settings.name}-trainer", _trainer_command(settings, socket), env=env)
+    return socket
+
+
+def start_supernode(supervisor: Supervisor, settings: JoinSettings, socket: Path, *, folder: Path) -> None:
+    """Start the SuperNode of a client.
+
+    Args:
+        supervisor: Owns it.
+        settings: Checked settings.
+        socket: Of the client's trainer.
+        folder: A private folder for Flower's state.
+    """
+    env = child_environment({"FLWR_HOME": str(folder / f"{settings.name}-flwr")})
     supervisor.start(f"{settings.name}-supernode", _supernode_command(settings, socket), env=env)
 
 

@@ -48,12 +48,15 @@ class Server:
 
 
 @contextmanager
-def run_server(supervisor: Supervisor, home: Path, *, host: str, port: int, tls: Tls | None) -> Iterator[Server]:
+def run_server(
+    supervisor: Supervisor, state: Path, *, registry_home: Path, host: str, port: int, tls: Tls | None
+) -> Iterator[Server]:
     """Start a server and take it down at the end.
 
     Args:
         supervisor: Owns its processes.
-        home: Folder of the registry; holds the server's state too.
+        state: Folder of the server's own state; one server at a time.
+        registry_home: Folder of the registry that runs publish to.
         host: Address that clients join.
         port: Port that clients join; 0: a free one.
         tls: Certificates; None: without TLS.
@@ -67,7 +70,7 @@ def run_server(supervisor: Supervisor, home: Path, *, host: str, port: int, tls:
     for path in (tls.ca_certificate, tls.certificate, tls.key) if tls else ():
         if not path.is_file():
             raise ConfigError(f"there is no certificate file {path}")
-    with _only_server(home):
+    with _only_server(state):
         if port:
             check_port(host, port)
         control_port, *rest = free_ports(1 if port else 2)
@@ -77,12 +80,12 @@ def run_server(supervisor: Supervisor, home: Path, *, host: str, port: int, tls:
             control=f"127.0.0.1:{control_port}",
             ca_certificate=str(tls.ca_certificate) if tls else "",
         )
-        env = child_environment({"FLWR_HOME": str(home / "flwr"), "POMONA_HOME": str(home)})
-        supervisor.start("superlink", _command(server, home, tls), env=env)
+        env = child_environment({"FLWR_HOME": str(state / "flwr"), "POMONA_HOME": str(registry_home.resolve())})
+        supervisor.start("superlink", _command(server, state, tls), env=env)
         supervisor.wait_for(
             lambda: listens(server.fleet) and listens(server.control), what="the SuperLink", timeout_s=_START_TIMEOUT_S
         )
-        facts = home / _FACTS
+        facts = state / _FACTS
         facts.write_text(json.dumps(asdict(server)), encoding="utf-8")
         try:
             yield server
@@ -103,7 +106,7 @@ def find_server(home: Path) -> Server:
     raise ProcessDied(f"no server runs on {home}; start one with `pomona server`")
 
 
-def _command(server: Server, home: Path, tls: Tls | None) -> list[str]:
+def _command(server: Server, state: Path, tls: Tls | None) -> list[str]:
     host, port = server.control.rsplit(":", 1)
     security = (
         ["--insecure"]
@@ -119,7 +122,7 @@ def _command(server: Server, home: Path, tls: Tls | None) -> list[str]:
         *security,
         "--host", host, "--port", port,
         "--fleet-api-type", "grpc-rere", "--fleet-api-address", server.fleet,
-        "--database", str(home / "superlink.db"),
+        "--database", str(state / "superlink.db"),
         "--disable-runtime-dependency-installation",
     ]  # fmt: skip
 

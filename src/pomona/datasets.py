@@ -1,7 +1,7 @@
 """Labelled texts: the set that ships with the package, and a user's CSV and JSONL files.
 
 Every row is checked when it is read, and every refusal names the file, the line, what was expected and what
-came. Texts are private: a message quotes columns, labels and split values, but never the text of a row.
+came. Texts are private: a message quotes the header, labels and split values, but no text below the header.
 """
 
 import csv
@@ -76,11 +76,7 @@ class Dataset:
         return map(Example, self.texts, self.labels)
 
     def subset(self, indices: Iterable[SupportsIndex]) -> "Dataset":
-        """Return the examples at ``indices``, in that order.
-
-        Raises:
-            IndexError: An index is not in ``[-len, len)``.
-        """
+        """Return the examples at ``indices``, in that order."""
         chosen = [int(index) for index in indices]
         return Dataset(
             texts=tuple(self.texts[i] for i in chosen),
@@ -160,9 +156,10 @@ def check_labels(dataset: Dataset, labels: Sequence[str]) -> None:
     known = set(labels)
     for position, label in enumerate(dataset.labels, start=1):
         if label not in known:
+            close = get_close_matches(label, labels, n=1)
             raise DataError(
                 f"{dataset.source}: unknown label {_quote(label)} at example {position} of {len(dataset)}"
-                f"{_closest(label, labels)}; known labels: {_listing(labels)}"
+                f"{f' (did you mean {close[0]!r}?)' if close else ''}; known labels: {_listing(labels)}"
             )
 
 
@@ -295,11 +292,6 @@ def _quote(value: object, *, width: int = 40) -> str:
 def _listing(names: Sequence[str], *, most: int = 12) -> str:
     rest = f", ... ({len(names)} in all)" if len(names) > most else ""
     return ", ".join(map(_quote, names[:most])) + rest
-
-
-def _closest(name: str, known: Sequence[str]) -> str:
-    close = get_close_matches(name, known, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 _READERS: dict[str, _ReadRows] = {".csv": _csv_rows, ".jsonl": _jsonl_rows}

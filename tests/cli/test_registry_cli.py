@@ -108,7 +108,7 @@ def parsed(result: Result) -> object:
         ),
         (["runs"], ["run-1", "finished", "2 of 2 committed"]),
     ],
-    ids=lambda value: value[0],
+    ids=["ls", "show", "versions", "lineage", "runs"],
 )
 def test_people_get_a_table(call: Call, arguments: list[str], expected: list[str]) -> None:
     result = call(*arguments)
@@ -200,7 +200,6 @@ def test_an_export_is_written_once(call: Call, tmp_path: Path) -> None:
         (["alias", "demo", "nobody", "--remove"], 11, "AdapterNotFound"),
         (["tag", "demo", "nothing"], 3, "ConfigError"),
     ],
-    ids=" ".join,
 )
 def test_an_error_is_one_line_and_a_code(call: Call, arguments: list[str], code: int, kind: str) -> None:
     people = call(*arguments)

@@ -1,0 +1,67 @@
+"""How a run begins: its data and base model are checked and it gets a row in the registry. Imports no torch."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pomona import __version__
+from pomona.base_model import base_model_sha256, check_base_model, find_base_model, is_packaged, public_name
+from pomona.datasets import Dataset, class_names, load_dataset
+from pomona.protocol import Invitation
+from pomona.settings import RunSettings
+from pomona.storage.registry import Registry
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """The coordinator's data: what is scored, and the classes."""
+
+    dataset: Dataset
+    labels: tuple[str, ...]
+
+
+def load_held_out(settings: RunSettings) -> HeldOut:
+    """Load the coordinator's held-out data and decide the classes of the run.
+
+    Raises:
+        DataError: The data are missing, empty or malformed.
+    """
+    data, task = settings.data, settings.task
+    split = None if data.evaluation_split == "all" else data.evaluation_split
+    held_out = load_dataset(data.source, split=split, task=task)
+    if len(held_out) > data.evaluation_examples:
+        order = np.random.default_rng(settings.seed).permutation(len(held_out))
+        held_out = held_out.subset(sorted(order[: data.evaluation_examples].tolist()))
+    labels = data.labels
+    if task == "classification" and not labels:
+        labels = class_names(load_dataset(data.source, split=None, task=task))
+    return HeldOut(held_out, labels if task == "classification" else ())
+
+
+def begin_run(registry: Registry, settings: RunSettings, *, run_id: str) -> Invitation:
+    """Record a run in the registry and return what its clients are told.
+
+    Raises:
+        BaseModelError: The base model is not here, or is not the one that the settings name.
+        DataError: The held-out data cannot be used.
+    """
+    path = find_base_model(settings.model.base)
+    if settings.model.sha256:
+        check_base_model(path, expected_sha256=settings.model.sha256)
+    sha256 = base_model_sha256(path)
+    held_out = load_held_out(settings)
+    registry.add_base_model(sha256, public_name(settings.model.base), settings.model.base)
+    registry.start_run(
+        run_id=run_id, adapter=settings.name, base_sha256=sha256, settings_json=settings.model_dump_json()
+    )
+    return Invitation(
+        run_id=run_id,
+        pomona_version=__version__,
+        task=settings.task,
+        base=settings.model.base if is_packaged(settings.model.base) else "",
+        base_sha256=sha256,
+        target_modules=settings.model.target_modules,
+        max_length=settings.model.max_length,
+        labels=held_out.labels,
+        max_rank=settings.aggregation.max_rank,
+    )

@@ -1,0 +1,141 @@
+"""The same promises on PostgreSQL, on databases made on the server that POMONA_TEST_POSTGRES_URL names."""
+
+import os
+import secrets
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy.exc import IntegrityError
+
+from pomona.errors import RegistryUnavailable, VersionConflict
+from pomona.storage.engine import create_engine
+from pomona.storage.records import NewSubmission, NewVersion, Version
+from pomona.storage.registry import Registry, open_registry
+from pomona.storage.schema import alembic_config
+from pomona.storage.tables import metadata
+
+SERVER = os.environ.get("POMONA_TEST_POSTGRES_URL", "")
+pytestmark = pytest.mark.skipif(not SERVER, reason="POMONA_TEST_POSTGRES_URL is not set")
+
+BASE = "b" * 64
+Submit = Callable[..., NewSubmission]
+Make = Callable[..., NewVersion]
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    name = f"pomona_test_{secrets.token_hex(6)}"
+    server = create_engine(SERVER, read_only=False).execution_options(isolation_level="AUTOCOMMIT")
+    with server.connect() as connection:
+        connection.execute(sa.text(f"CREATE DATABASE {name}"))
+        yield server.url.set(database=name).render_as_string(hide_password=False)
+        connection.execute(sa.text(f"DROP DATABASE {name} WITH (FORCE)"))
+    server.dispose()
+
+
+@pytest.fixture
+def registry(home: Path, url: str) -> Iterator[Registry]:
+    with open_registry(home, url=url) as registry:
+        registry.add_base_model(BASE, "tiny-base", "a test")
+        registry.start_run(run_id="run-1", adapter="demo", base_sha256=BASE, settings_json="{}")
+        registry.open_round("run-1", 1, parent=None, cohort=["anna"])
+        yield registry
+
+
+def together(*works: Callable[[], object]) -> list[Exception]:
+    """Run all at once and return what they raised."""
+    errors: list[Exception] = []
+    barrier = threading.Barrier(len(works))
+
+    def guarded(work: Callable[[], object]) -> None:
+        try:
+            barrier.wait()
+            work()
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(work,)) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return errors
+
+
+def test_the_migrations_end_at_the_tables_and_can_be_undone(url: str) -> None:
+    engine = create_engine(url, read_only=False)
+    with engine.begin() as connection:
+        config = alembic_config()
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, metadata) == []
+        command.downgrade(config, "base")
+        assert sa.inspect(connection).get_table_names() == ["alembic_version"]
+        command.upgrade(config, "head")
+    engine.dispose()
+
+
+def test_a_fresh_database_can_be_opened_many_times_at_once(home: Path, url: str) -> None:
+    assert together(*[lambda: open_registry(home, url=url).close()] * 4) == []
+
+
+def test_a_version_is_never_changed(registry: Registry, make_version: Make, url: str) -> None:
+    registry.publish_round(make_version())
+    engine = create_engine(url, read_only=False)
+    with pytest.raises(IntegrityError, match="a version is never changed"), engine.begin() as connection:
+        connection.execute(sa.text("UPDATE version SET rank = 99"))
+    engine.dispose()
+
+
+def test_an_update_has_one_receipt_and_no_rival(registry: Registry, submission: Submit) -> None:
+    receipts: list[int] = []
+    assert together(*[lambda: receipts.append(registry.record_submission(submission()).id)] * 6) == []
+    assert receipts == [1] * 6
+    with pytest.raises(VersionConflict, match="another accepted"):
+        registry.record_submission(submission(payload=b"other"))
+    garbage = submission(
+        "bad\x00", num_examples=2**70, alpha=float("nan"), status="rejected", reason="\ud800"
+    )
+    assert registry.record_submission(garbage).num_examples is None
+
+
+def test_publishers_on_one_parent_lose_nothing(registry: Registry, make_version: Make) -> None:
+    registry.publish_round(make_version(metrics={"loss": float("nan")}))
+    runs = [f"run-{letter}" for letter in "abcdef"]
+    for run_id in runs:
+        registry.start_run(run_id=run_id, adapter="demo", base_sha256=BASE, settings_json="{}")
+        registry.open_round(run_id, 1, parent="demo/1", cohort=[])
+    published: list[Version] = []
+
+    def publish(run_id: str) -> Callable[[], object]:
+        return lambda: published.append(registry.publish_round(make_version(run_id=run_id)))
+
+    assert together(*map(publish, runs)) == []
+    assert sorted(version.number for version in published) == [2, 3, 4, 5, 6, 7]
+    assert registry.lineage("demo").parents[0].version.ref == "demo/1"
+    assert registry.adapters()[0].versions == 7
+
+
+def test_notes_are_kept_and_a_reader_writes_nothing(
+    registry: Registry, make_version: Make, home: Path, url: str
+) -> None:
+    registry.publish_round(make_version())
+    registry.set_alias("demo", "champion", 1)
+    registry.set_tag("demo@champion", "stage", "live")
+    registry.enrol_client("run-1", name="anna", rank=4, num_examples=1)
+    registry.enrol_client("run-1", name="anna", rank=4, num_examples=2)
+    with open_registry(home, url=url, read_only=True) as reader:
+        version = reader.resolve("demo@champion")
+        assert (version.tags, version.aliases) == ({"stage": "live"}, ("champion",))
+        assert version.created_at.utcoffset() is not None
+        assert [client.num_examples for client in reader.clients("run-1")] == [2]
+        assert reader.rounds("run-1")[0].state == "committed"
+        with pytest.raises(RegistryUnavailable, match="read-only"):
+            reader.set_tag("demo", "stage", "test")
