@@ -6,10 +6,14 @@ Run as ``python -m pomona.client.daemon``; ``pomona join`` does.
 """
 
 import argparse
+import contextlib
 import logging
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, Listener
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from pomona.client.relay import receive, send
 from pomona.datasets import Dataset, load_dataset
@@ -20,14 +24,51 @@ _log = logging.getLogger("pomona")
 Handler = Callable[[str, str, bytes], tuple[str, str, bytes]]
 
 
+class TrainerSpec(BaseModel):
+    """One client of this process: its socket and who it is, see :class:`pomona.client.join.JoinSettings`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    socket: str
+    name: str
+    rank: int
+    data: str
+    model: str = ""
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Open the socket, then load what takes long, then serve."""
+    """Open the sockets, then load what takes long, then serve.
+
+    Several clients of one machine, as in the demo, are children of one process, so that what they import is loaded
+    once and its memory is shared; each still trains alone.
+    """
     options = _parser().parse_args(arguments)
     die_with_parent()
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stdout)
-    with Listener(options.socket, family="AF_UNIX", backlog=8) as listener:
-        serve(listener, _trainer(options))
+    specs = TypeAdapter(list[TrainerSpec]).validate_json(options.clients)
+    with contextlib.ExitStack() as stack:
+        listeners = [
+            stack.enter_context(Listener(spec.socket, family="AF_UNIX", backlog=8)) for spec in specs
+        ]
+        import torch  # noqa: PLC0415 - takes seconds, during which requests already queue at the sockets
+
+        import pomona.client.trainer  # noqa: PLC0415
+
+        torch.set_num_threads(options.threads)
+        if len(specs) > 1:
+            return _fork_each(specs, listeners)
+        serve(listeners[0], _trainer(specs[0]))
     return 0
+
+
+def _fork_each(specs: Sequence[TrainerSpec], listeners: Sequence[Listener]) -> int:
+    for spec, listener in zip(specs, listeners, strict=True):
+        if os.fork() == 0:
+            die_with_parent()
+            serve(listener, _trainer(spec))
+    pid, status = os.wait()  # no child ends by itself
+    _log.error("the trainer with process id %d ended", pid)
+    return os.waitstatus_to_exitcode(status) or 1
 
 
 def serve(listener: Listener, handle: Handler) -> None:
@@ -44,28 +85,19 @@ def _serve_one(connection: Connection, handle: Handler) -> None:
     send(connection, *handle(*receive(connection)))
 
 
-def _trainer(options: argparse.Namespace) -> Handler:
-    import torch  # noqa: PLC0415 - takes seconds, during which requests already queue at the socket
-
+def _trainer(spec: TrainerSpec) -> Handler:
     from pomona.client.trainer import Profile, Trainer  # noqa: PLC0415
 
-    torch.set_num_threads(options.threads)
-
     def load(task: str) -> Dataset:
-        return load_dataset(options.data, split=None, task="causal-lm" if task == "causal-lm" else "classification")
+        return load_dataset(spec.data, split=None, task="causal-lm" if task == "causal-lm" else "classification")
 
-    profile = Profile(name=options.name, rank=options.rank, load_data=load, model_folder=options.model)
-    _log.info("%s: ready; rank %d, data %s", options.name, options.rank, options.data)
-    return Trainer(profile).answer
+    _log.info("%s: ready; rank %d, data %s", spec.name, spec.rank, spec.data)
+    return Trainer(Profile(name=spec.name, rank=spec.rank, load_data=load, model_folder=spec.model)).answer
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m pomona.client.daemon", description=__doc__)
-    parser.add_argument("--socket", required=True)
-    parser.add_argument("--name", required=True)
-    parser.add_argument("--rank", type=int, required=True)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--model", default="")
+    parser.add_argument("--clients", required=True, help="JSON list of clients")
     parser.add_argument("--threads", type=int, default=1)
     return parser
 

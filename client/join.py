@@ -4,7 +4,7 @@ import json
 import re
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,13 +58,19 @@ class JoinSettings:
         load_dataset(self.data, split=None, task="causal-lm")
 
 
-def start_trainer(supervisor: Supervisor, settings: JoinSettings) -> Path:
-    """Start the trainer of a client and return its socket, in a new folder that only the user can enter."""
-    socket = Path(tempfile.mkdtemp(prefix="pomona-", dir="/tmp")) / "trainer"  # noqa: S108 - socket paths must be short
-    threads = str(settings.threads)
-    env = child_environment({"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads})
-    supervisor.start(f"{settings.name}-trainer", _trainer_command(settings, socket), env=env)
-    return socket
+def start_trainers(supervisor: Supervisor, clients: Sequence[JoinSettings]) -> list[Path]:
+    """Start the trainers of this machine's clients and return their sockets, in a new folder that only the user can enter."""
+    folder = Path(tempfile.mkdtemp(prefix="pomona-", dir="/tmp"))  # noqa: S108 - socket paths must be short
+    sockets = [folder / str(number) for number, _ in enumerate(clients)]
+    specs = [
+        {"socket": str(socket), "name": c.name, "rank": c.rank, "data": c.data, "model": c.model}
+        for c, socket in zip(clients, sockets, strict=True)
+    ]
+    threads = str(clients[0].threads)
+    env = child_environment({"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "MALLOC_ARENA_MAX": "2"})
+    command = [sys.executable, "-m", "pomona.client.daemon", "--clients", json.dumps(specs), "--threads", threads]
+    supervisor.start("trainer", command, env=env)
+    return sockets
 
 
 def start_supernode(supervisor: Supervisor, settings: JoinSettings, socket: Path, *, folder: Path) -> None:
@@ -78,18 +84,6 @@ def start_supernode(supervisor: Supervisor, settings: JoinSettings, socket: Path
     """
     env = child_environment({"FLWR_HOME": str(folder / f"{settings.name}-flwr")})
     supervisor.start(f"{settings.name}-supernode", _supernode_command(settings, socket), env=env)
-
-
-def _trainer_command(settings: JoinSettings, socket: Path) -> list[str]:
-    options: Mapping[str, object] = {
-        "socket": socket,
-        "name": settings.name,
-        "rank": settings.rank,
-        "data": settings.data,
-        "model": settings.model,
-        "threads": settings.threads,
-    }
-    return [sys.executable, "-m", "pomona.client.daemon", *(f"--{key}={value}" for key, value in options.items())]
 
 
 def _supernode_command(settings: JoinSettings, socket: Path) -> list[str]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pomona.base_model import find_base_model
-from pomona.client.join import JoinSettings, start_supernode, start_trainer
+from pomona.client.join import JoinSettings, start_supernode, start_trainers
 from pomona.coordinator.beginning import begin_run, load_held_out
 from pomona.coordinator.launch import follow, new_run_id, private_folder, submit, watch_flower
 from pomona.coordinator.server import run_server
@@ -30,9 +30,9 @@ _RESCORE_TIMEOUT_S = 300.0
 DEMO = RunSettings(
     name="demo",
     rounds=3,
-    data=DataSettings(evaluation_split="test", evaluation_examples=600, dirichlet_alpha=0.5),
+    data=DataSettings(evaluation_split="test", evaluation_examples=400, dirichlet_alpha=0.5),
     cohort=CohortSettings(min_clients=len(RANKS), min_replies=2, join_timeout_s=120.0, round_deadline_s=180.0),
-    training=TrainingSettings(max_steps=16, batch_size=32, learning_rate=3e-3, head_learning_rate=1e-2),
+    training=TrainingSettings(max_steps=12, batch_size=32, learning_rate=4e-3, head_learning_rate=1e-2),
     aggregation=AggregationSettings(max_rank=32),
 )
 
@@ -80,7 +80,7 @@ def run_demo(
         with Supervisor(folder / "logs") as supervisor:
             clients = _clients(settings, folder)
             say(f"starting a coordinator and {len(clients)} clients; logs in {supervisor.log_dir}")
-            sockets = [start_trainer(supervisor, client) for client in clients]
+            sockets = start_trainers(supervisor, clients)
             fleet_port = int(clients[0].server.rsplit(":", 1)[1])
             with run_server(
                 supervisor, folder, registry_home=home, host="127.0.0.1", port=fleet_port, tls=None
@@ -118,7 +118,7 @@ def rescore(settings: RunSettings, export: Path, folder: Path) -> float:
             sys.executable, "-m", "pomona.coordinator.rescore",
             str(base), str(export), str(data), str(settings.model.max_length),
         ],
-        env=child_environment(),
+        env=child_environment({"OMP_NUM_THREADS": "1"}),
         capture_output=True,
         text=True,
         timeout=_RESCORE_TIMEOUT_S,

@@ -30,7 +30,7 @@ from pomona.wire import encode_weights
 
 _log = logging.getLogger(__name__)
 
-_POLL_S = 0.1
+_POLL_S = 0.3
 _JOIN_POLL_S = 0.5
 
 

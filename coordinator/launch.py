@@ -17,8 +17,8 @@ from pomona.settings import RunSettings
 from pomona.storage.records import Run
 from pomona.storage.registry import Registry
 
-_POLL_S = 0.25
-_ALIVE_POLL_S = 30.0
+_POLL_S = 0.5
+_ALIVE_POLL_S = 60.0
 _SUBMIT_TIMEOUT_S = 120.0
 
 _APP = """\

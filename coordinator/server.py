@@ -49,7 +49,7 @@ class Server:
 
 @contextmanager
 def run_server(
-    supervisor: Supervisor, state: Path, *, registry_home: Path, host: str, port: int, tls: Tls | None
+    supervisor: Supervisor, state: Path, *, registry_home: Path, host: str, port: int, tls: Tls | None, threads: int = 1
 ) -> Iterator[Server]:
     """Start a server and take it down at the end.
 
@@ -60,6 +60,8 @@ def run_server(
         host: Address that clients join.
         port: Port that clients join; 0: a free one.
         tls: Certificates; None: without TLS.
+        threads: CPU threads for aggregating and scoring. Beside busy clients on the same cores more than one is
+            slower, because threads wait for each other.
 
     Raises:
         ConfigError: A certificate file is missing.
@@ -80,7 +82,14 @@ def run_server(
             control=f"127.0.0.1:{control_port}",
             ca_certificate=str(tls.ca_certificate) if tls else "",
         )
-        env = child_environment({"FLWR_HOME": str(state / "flwr"), "POMONA_HOME": str(registry_home.resolve())})
+        env = child_environment(
+            {
+                "FLWR_HOME": str(state / "flwr"),
+                "POMONA_HOME": str(registry_home.resolve()),
+                "OMP_NUM_THREADS": str(threads),
+                "MKL_NUM_THREADS": str(threads),
+            }
+        )
         supervisor.start("superlink", _command(server, state, tls), env=env)
         supervisor.wait_for(
             lambda: listens(server.fleet) and listens(server.control), what="the SuperLink", timeout_s=_START_TIMEOUT_S

@@ -88,8 +88,8 @@ def adapters(connection: sa.Connection) -> list[AdapterSummary]:
     per_adapter = sa.select(t.version.c.adapter_name, sa.func.count()).group_by(t.version.c.adapter_name)
     counts: dict[str, int] = {name: amount for name, amount in connection.execute(per_adapter)}  # noqa: C416
     aliases: dict[str, dict[str, int]] = {}
-    for row in connection.execute(_aliases()):
-        aliases.setdefault(row.adapter_name, {})[row.alias] = row.version
+    for name, alias, number in _aliases(connection):
+        aliases.setdefault(name, {})[alias] = number
     return [
         AdapterSummary(
             name=row.name,
@@ -213,19 +213,20 @@ def _what_there_is(connection: sa.Connection, name: str, ref: str) -> str:
     )
     if newest is None:
         return f"there is no version {ref!r}; {name} has none yet"
-    rows = connection.execute(_aliases().where(t.alias.c.adapter_name == name))
-    aliases = [f"{name}@{row.alias}" for row in rows]
+    aliases = [f"{name}@{alias}" for _, alias, _ in _aliases(connection, t.alias.c.adapter_name == name)]
     return f"there is no version {ref!r}; {name} has 1 to {newest}" + (
         f" and {_some(aliases)}" if aliases else ""
     )
 
 
-def _aliases() -> sa.Select[tuple[str, str, int]]:
-    return (
+def _aliases(connection: sa.Connection, *where: sa.ColumnElement[bool]) -> list[tuple[str, str, int]]:
+    query = (
         sa.select(t.alias.c.adapter_name, t.alias.c.alias, t.version.c.version)
         .join(t.version)
+        .where(*where)
         .order_by(t.alias.c.adapter_name, t.alias.c.alias)
     )
+    return [(row.adapter_name, row.alias, row.version) for row in connection.execute(query)]
 
 
 def _note_move(

@@ -61,6 +61,8 @@ def test_a_wider_set_of_dtypes_can_be_allowed() -> None:
     with pytest.raises(PayloadError, match=r"dtype F32, got 'BF16'"):
         read_header(written)
     assert read_header(written, dtypes=("F32", "BF16")).tensors["x"].dtype == "BF16"
+    with pytest.raises(PayloadError, match="should have dtype F32"):
+        read_header(payload({"a": entry([1], [0, 4], ["F32"])}, bytes(4)), dtypes={"F32"})
     with pytest.raises(ValueError, match="F7"):
         read_header(written, dtypes=("F7",))
 
@@ -106,6 +108,10 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
     "metadata are a list": (payload({"__metadata__": []}, b""), "__metadata__ should be an object"),
     "metadata hold a number": (payload({"__metadata__": {"x": 1}}, b""), "should be text, got int"),
     "metadata hold an object": (payload({"__metadata__": {"x": {}}}, b""), "should be text, got dict"),
+    "metadata with a long key": (
+        payload({"__metadata__": {"x" * 100_000: 1}}, b""),
+        "should be text, got int",
+    ),
     "tensor is a number": (payload({"a": 1}, b""), "exactly dtype, shape and data_offsets"),
     "missing field": (payload({"a": {"dtype": "F32", "shape": [1]}}, bytes(4)), "exactly dtype"),
     "extra field": (payload({"a": {**entry([1], [0, 4]), "x": 1}}, bytes(4)), "exactly dtype"),

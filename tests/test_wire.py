@@ -157,6 +157,18 @@ def test_trained_parameters_can_be_sent() -> None:
     assert not arrived.layers["q"].a.requires_grad
 
 
+def test_modules_arrive_in_sorted_order_whoever_wrote_them() -> None:
+    entries = {
+        f"{kind}.{module}": {"dtype": "F32", "shape": [1, 1], "data_offsets": [4 * i, 4 * i + 4]}
+        for i, (kind, module) in enumerate((k, m) for m in ("q", "k") for k in ("lora_B", "lora_A"))
+    }
+    header = json.dumps(entries).encode()
+    payload = len(header).to_bytes(8, "little") + header + struct.pack("<4f", 1, 2, 3, 4)
+    layers = decode_weights(payload)[0].layers
+    assert list(layers) == ["k", "q"]
+    assert (layers["q"].b.item(), layers["q"].a.item()) == (1.0, 2.0)
+
+
 def test_digest_is_sha256() -> None:
     assert digest(b"abc") == hashlib.sha256(b"abc").hexdigest()
 

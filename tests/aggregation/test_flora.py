@@ -252,6 +252,7 @@ def test_recompress_refuses_rank_zero() -> None:
         ([1e200, 1e200], 8, 0.6, 2),  # the squares overflow
         ([1e-200, 1e-200], 8, 0.6, 2),  # the squares underflow
         ([1.0, 1.0, 1.0], 8, 1e-9, 1),
+        ([1.0, 1.0, 1.0], 2, 0.99, 2),
     ],
 )
 def test_truncation_rank(singular_values: list[float], max_rank: int, energy: float, expected: int) -> None:
@@ -319,6 +320,12 @@ def test_float32_in_is_float32_out_rounded_once() -> None:
     expected = dense_mean([current["q"], *(u["q"] for u in updates)], [1.0] + [1 / 3] * 3)
     assert layers["q"].a.dtype == layers["q"].b.dtype == torch.float32
     assert relative_error(layers["q"].b.double() @ layers["q"].a.double(), expected) < 2e-7
+
+
+def test_weights_are_applied_in_float64() -> None:
+    update = {"q": make_factors(random(), 2, dtype=torch.float32)}
+    layers, _ = aggregate({}, [update] * 3, [0.1, 0.2, -0.3])  # in float32 a hundred-millionth would be left
+    assert float(layers["q"].delta().norm()) < 1e-14 * float(update["q"].delta().norm())
 
 
 def test_rounds_in_which_nobody_changes_anything_return_the_same_tensors() -> None:

@@ -1,5 +1,6 @@
 """A migration is right when it ends at the tables and can be undone, and when it runs once."""
 
+import fcntl
 import multiprocessing
 import sqlite3
 import threading
@@ -118,6 +119,18 @@ def test_processes_that_open_a_fresh_registry_together_all_succeed(home: Path) -
     with closing(sqlite3.connect(home / "registry.db")) as connection:
         assert connection.execute("SELECT count(*) FROM base_model").fetchone() == (2,)
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+def test_opening_waits_for_whoever_migrates(home: Path) -> None:
+    home.mkdir()
+    opening = threading.Thread(target=lambda: open_registry(home).close())
+    with (home / "registry.lock").open("ab") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        opening.start()
+        opening.join(timeout=0.5)
+        assert opening.is_alive()
+    opening.join()
+    open_registry(home, read_only=True).close()
 
 
 def _open_and_add(home: Path, digit: str) -> None:

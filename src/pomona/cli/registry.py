@@ -187,7 +187,8 @@ def _say(line: str, facts: Mapping[str, object], *, as_json: bool) -> None:
 def _version_facts(version: "Version") -> dict[str, object]:
     names = ("adapter", "number", "sha256", "bytes", "base_sha256", "base_model", "rank", "kind", "exactness")
     more = ("retained_energy", "run_id", "round_number", "created_at", "metrics", "tags", "aliases", "recipe")
-    return {"ref": version.ref} | {name: getattr(version, name) for name in (*names, *more)}
+    facts: dict[str, object] = {name: getattr(version, name) for name in (*names, *more)}
+    return {"ref": version.ref, **facts}
 
 
 def _adapter_facts(item: "AdapterSummary") -> dict[str, object]:
