@@ -172,6 +172,10 @@ class AdaptedModel:
             for batch in batches(_slice(data, i), batch_size=1, generator=None)
         ]) if len(data) else torch.zeros(0)
 
+    def encoder(self) -> nn.Module:
+        """Return the base model without its heads, with what is attached to it."""
+        return self._model.base_model
+
     def base_digest(self) -> str:
         """Return a hash of the base model's weights as they are in memory, heads left out."""
         digest = hashlib.sha256()
