@@ -242,9 +242,7 @@ def _finite_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return left, singular_values, right
 
 
-def _truncate(
-    left: Tensor, singular_values: Tensor, right: Tensor, *, rank: int, dtype: torch.dtype
-) -> LoraFactors:
+def _truncate(left: Tensor, singular_values: Tensor, right: Tensor, *, rank: int, dtype: torch.dtype) -> LoraFactors:
     root = singular_values[:rank].sqrt()
     return LoraFactors(
         a=(root[:, None] * right[:rank]).to(dtype).contiguous(),

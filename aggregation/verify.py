@@ -179,9 +179,7 @@ def _wrong_tensor(what: str, tensor: Tensor, shape: tuple[int, ...]) -> Iterator
 
 
 def _wrong_size(update: AdapterUpdate, enrolment: Enrolment, expected: Expected) -> Iterator[str]:
-    layers = {
-        name: replace(factors, scale=enrolment.scale) for name, factors in update.weights.layers.items()
-    }
+    layers = {name: replace(factors, scale=enrolment.scale) for name, factors in update.weights.layers.items()}
     squared, error = _squared_norm(layers, update.weights.heads)
     norm, limit = math.sqrt(squared), expected.max_update_norm
     if not norm <= limit:  # NaN is not

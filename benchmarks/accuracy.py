@@ -108,7 +108,16 @@ class Bench:
         return AdapterWeights(heads=self.model.initial_heads(seed=seed))
 
     def local_round(
-        self, data: Encoded, start: AdapterWeights, *, rank: int, steps: int, batch_size: int, seed: int, number: int, who: str
+        self,
+        data: Encoded,
+        start: AdapterWeights,
+        *,
+        rank: int,
+        steps: int,
+        batch_size: int,
+        seed: int,
+        number: int,
+        who: str,
     ) -> Trained:
         """Train one client for one round, as a real one does."""
         return train_locally(
@@ -131,7 +140,14 @@ def federated(bench: Bench, kind: str, seed: int) -> dict[str, object]:
     for number in range(1, setting.rounds + 1):
         trained = [
             bench.local_round(
-                data, weights, rank=rank, steps=setting.steps, batch_size=setting.batch_size, seed=seed, number=number, who=f"{i}"
+                data,
+                weights,
+                rank=rank,
+                steps=setting.steps,
+                batch_size=setting.batch_size,
+                seed=seed,
+                number=number,
+                who=f"{i}",
             )
             for i, (data, rank) in enumerate(zip(shares, setting.ranks, strict=True))
         ]
@@ -211,7 +227,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    names = ("rounds", "steps", "batch_size", "max_rank", "learning_rate", "head_learning_rate", "alpha", "split")
+    names = (
+        "rounds",
+        "steps",
+        "batch_size",
+        "max_rank",
+        "learning_rate",
+        "head_learning_rate",
+        "alpha",
+        "split",
+    )
     setting = Setting(ranks=tuple(options.ranks), **{name: getattr(options, name) for name in names})
     results = run_missing(Bench(setting), options.out, seeds=options.seeds, only=options.only)
     report(results, options.out)
@@ -273,7 +298,14 @@ def report(document: dict[str, object], out: Path) -> None:
 
 def _central(bench: Bench, seed: int, *, steps: int, batch_size: int) -> dict[str, object]:
     bench.local_round(
-        bench.all_train, bench.start(seed), rank=CENTRAL_RANK, steps=steps, batch_size=batch_size, seed=seed, number=1, who="all"
+        bench.all_train,
+        bench.start(seed),
+        rank=CENTRAL_RANK,
+        steps=steps,
+        batch_size=batch_size,
+        seed=seed,
+        number=1,
+        who="all",
     )
     return {"accuracy": bench.model.score(bench.held_out).accuracy, "steps": steps, "batch_size": batch_size}
 
@@ -298,7 +330,9 @@ def _check_exact(
         dense = dense + before.layers[name].delta().double()
     kept = 1.0 - float((dense - after[name].delta().double()).norm() ** 2 / dense.norm() ** 2)
     if abs(kept - energy[name]) > 1e-4:
-        raise SystemExit(f"aggregation is wrong: layer {name} keeps {kept:.6f} of the energy, reported {energy[name]:.6f}")
+        raise SystemExit(
+            f"aggregation is wrong: layer {name} keeps {kept:.6f} of the energy, reported {energy[name]:.6f}"
+        )
 
 
 @torch.inference_mode()

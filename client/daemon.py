@@ -47,12 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stdout)
     specs = TypeAdapter(list[TrainerSpec]).validate_json(options.clients)
     with contextlib.ExitStack() as stack:
-        listeners = [
-            stack.enter_context(Listener(spec.socket, family="AF_UNIX", backlog=8)) for spec in specs
-        ]
+        listeners = [stack.enter_context(Listener(spec.socket, family="AF_UNIX", backlog=8)) for spec in specs]
         import torch  # noqa: PLC0415 - takes seconds, during which requests already queue at the sockets
-
-        import pomona.client.trainer  # noqa: PLC0415
 
         torch.set_num_threads(options.threads)
         if len(specs) > 1:

@@ -2,9 +2,11 @@
 
 import json
 import re
+import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +14,9 @@ from pomona.datasets import load_dataset
 from pomona.errors import ConfigError
 from pomona.processes import Supervisor, child_environment, free_ports
 
+_POLL_S = 0.5
+_RESTARTS = 20
+_RESTART_PAUSE_S = 5.0
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
 _SERVER = re.compile(r"^(\[[0-9A-Fa-f:.]+\]|[^:\s/]+):\d{1,5}$")
 
@@ -58,9 +63,51 @@ class JoinSettings:
         load_dataset(self.data, split=None, task="causal-lm")
 
 
+def run_client(settings: JoinSettings, *, say: Callable[[str], None]) -> None:
+    """Run the processes of one client until one of them ends or this is interrupted.
+
+    A SuperNode that ends is started again: Flower refuses a node for a minute after it crashed.
+
+    Args:
+        settings: Checked settings.
+        say: Called with each line that the trainer logs.
+
+    Raises:
+        ProcessDied: The trainer ended, or the SuperNode keeps ending.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="pomona-join-"))
+    try:
+        with Supervisor(folder / "logs") as supervisor:
+            (socket,) = start_trainers(supervisor, [settings])
+            start_supernode(supervisor, settings, socket, folder=folder)
+            say(f"joining {settings.server} as {settings.name}; logs in {supervisor.log_dir}")
+            lines = _new_lines(supervisor.log_dir / "trainer.log")
+            restarts = _RESTARTS
+            while True:
+                for line in next(lines):
+                    say(line)
+                if supervisor.ended(f"{settings.name}-supernode") is not None and restarts:
+                    restarts -= 1
+                    say("the SuperNode ended; starting it again")
+                    time.sleep(_RESTART_PAUSE_S)
+                    supervisor.forget(f"{settings.name}-supernode")
+                    start_supernode(supervisor, settings, socket, folder=folder)
+                supervisor.check()
+                time.sleep(_POLL_S)
+    except KeyboardInterrupt:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _new_lines(log: Path) -> Iterator[list[str]]:
+    with log.open(encoding="utf-8", errors="replace") as stream:
+        while True:
+            yield [line.rstrip("\n") for line in stream]
+
+
 def start_trainers(supervisor: Supervisor, clients: Sequence[JoinSettings]) -> list[Path]:
     """Start the trainers of this machine's clients and return their sockets, in a new folder that only the user can enter."""
-    folder = Path(tempfile.mkdtemp(prefix="pomona-", dir="/tmp"))  # noqa: S108 - socket paths must be short
+    folder = Path(tempfile.mkdtemp(prefix="pomona-", dir="/tmp"))
     sockets = [folder / str(number) for number, _ in enumerate(clients)]
     specs = [
         {"socket": str(socket), "name": c.name, "rank": c.rank, "data": c.data, "model": c.model}
@@ -68,7 +115,15 @@ def start_trainers(supervisor: Supervisor, clients: Sequence[JoinSettings]) -> l
     ]
     threads = str(clients[0].threads)
     env = child_environment({"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "MALLOC_ARENA_MAX": "2"})
-    command = [sys.executable, "-m", "pomona.client.daemon", "--clients", json.dumps(specs), "--threads", threads]
+    command = [
+        sys.executable,
+        "-m",
+        "pomona.client.daemon",
+        "--clients",
+        json.dumps(specs),
+        "--threads",
+        threads,
+    ]
     supervisor.start("trainer", command, env=env)
     return sockets
 

@@ -94,8 +94,13 @@ class Trainer:
             base_sha256=prepared.model.manifest.base_sha256,
             pomona_version=__version__,
         )
-        _log.info("%s: enrolled in run %s with rank %d and %d examples",
-                  answer.name, invitation.run_id, answer.rank, answer.num_examples)
+        _log.info(
+            "%s: enrolled in run %s with rank %d and %d examples",
+            answer.name,
+            invitation.run_id,
+            answer.rank,
+            answer.num_examples,
+        )
         return "enrolled", answer.model_dump_json(), b""
 
     def _train(self, request: TrainRequest, payload: bytes) -> Answer:
@@ -156,9 +161,7 @@ def prepare(invitation: Invitation, profile: Profile) -> _Prepared:
     dataset = profile.load_data(invitation.task)
     if invitation.task == "classification":
         check_labels(dataset, invitation.labels)
-    model = AdaptedModel(
-        path, task=invitation.task, labels=invitation.labels, target_modules=invitation.target_modules
-    )
+    model = AdaptedModel(path, task=invitation.task, labels=invitation.labels, target_modules=invitation.target_modules)
     return _Prepared(model, model.encode(dataset.texts, dataset.labels, max_length=invitation.max_length))
 
 

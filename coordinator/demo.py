@@ -6,8 +6,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from pomona.base_model import find_base_model
@@ -15,6 +15,7 @@ from pomona.client.join import JoinSettings, start_supernode, start_trainers
 from pomona.coordinator.beginning import begin_run, load_held_out
 from pomona.coordinator.launch import follow, new_run_id, private_folder, submit, watch_flower
 from pomona.coordinator.server import run_server
+from pomona.coordinator.summary import RunSummary, summarise
 from pomona.datasets import Dataset, load_dataset
 from pomona.errors import ExportMismatch
 from pomona.partition import partition
@@ -32,27 +33,23 @@ DEMO = RunSettings(
     rounds=3,
     data=DataSettings(evaluation_split="test", evaluation_examples=400, dirichlet_alpha=0.5),
     cohort=CohortSettings(min_clients=len(RANKS), min_replies=2, join_timeout_s=120.0, round_deadline_s=180.0),
-    training=TrainingSettings(max_steps=12, batch_size=32, learning_rate=4e-3, head_learning_rate=1e-2),
+    training=TrainingSettings(max_steps=16, batch_size=16, learning_rate=3e-3, head_learning_rate=1e-2),
     aggregation=AggregationSettings(max_rank=32),
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DemoResult:
-    """What the demo found; fields as ``pomona demo --json`` prints them."""
+class DemoResult(RunSummary):
+    """What the demo found; fields as ``pomona demo --json`` prints them.
 
-    run_id: str
-    rounds: int
-    clients: Sequence[dict[str, object]]
-    accuracy_initial: float
-    accuracy_rounds: Sequence[float]
+    Attributes:
+        accuracy_exported: Of the exported folder, as plain peft scores it in another process.
+        export_dir: The exported folder.
+        wall_s: Seconds from start to end.
+    """
+
     accuracy_exported: float
-    adapter: str
     export_dir: str
-    base_sha256: str
-    bytes_down: int
-    bytes_up: int
-    retained_energy: float
     wall_s: float
 
 
@@ -151,31 +148,14 @@ def _clients(settings: RunSettings, folder: Path) -> list[JoinSettings]:
 
 
 def _result(registry: Registry, run: Run, *, export: Path, accuracy: float, wall_s: float) -> DemoResult:
-    rounds = registry.rounds(run.id)
-    versions = [each.version for each in rounds if each.version is not None]
-    if accuracy != versions[-1].metrics["accuracy"]:
+    summary = summarise(registry, run)
+    if accuracy != summary.accuracy_rounds[-1]:
         raise ExportMismatch(
             f"plain peft scores {export} with accuracy {accuracy}, "
-            f"the coordinator scored {versions[-1].ref} with {versions[-1].metrics['accuracy']}"
+            f"the coordinator scored {summary.adapter} with {summary.accuracy_rounds[-1]}"
         )
-    return DemoResult(
-        run_id=run.id,
-        rounds=len(rounds),
-        clients=[
-            {"name": client.name, "rank": client.rank, "examples": client.num_examples}
-            for client in registry.clients(run.id)
-        ],
-        accuracy_initial=run.initial_metrics["accuracy"],
-        accuracy_rounds=[version.metrics["accuracy"] for version in versions],
-        accuracy_exported=accuracy,
-        adapter=versions[-1].ref,
-        export_dir=str(export),
-        base_sha256=run.base_sha256,
-        bytes_down=sum(each.bytes_down for each in rounds),
-        bytes_up=sum(each.bytes_up for each in rounds),
-        retained_energy=versions[-1].retained_energy,
-        wall_s=round(wall_s, 2),
-    )
+    facts = {item.name: getattr(summary, item.name) for item in fields(summary)}
+    return DemoResult(**facts, accuracy_exported=accuracy, export_dir=str(export), wall_s=round(wall_s, 2))
 
 
 @contextlib.contextmanager

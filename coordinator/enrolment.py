@@ -55,7 +55,14 @@ class Roster:
         return sorted(name for name, node in self.nodes.items() if node in set(online))
 
     def introduce(
-        self, node: int, kind: str, json: str, *, invitation: Invitation, training: TrainingSettings, online: Collection[int]
+        self,
+        node: int,
+        kind: str,
+        json: str,
+        *,
+        invitation: Invitation,
+        training: TrainingSettings,
+        online: Collection[int],
     ) -> Introduction:
         """Take a node's answer to its invitation, and enrol it or say why not."""
         self._seen.add(node)
@@ -85,7 +92,12 @@ class Roster:
         return Introduction(shown("", node), excluded="it did not answer the invitation")
 
     def _objection(
-        self, node: int, answer: Enrolled, enrolment: Enrolment, invitation: Invitation, online: Collection[int]
+        self,
+        node: int,
+        answer: Enrolled,
+        enrolment: Enrolment,
+        invitation: Invitation,
+        online: Collection[int],
     ) -> str:
         if answer.pomona_version != __version__:
             return f"it runs pomona {answer.pomona_version}, the coordinator {__version__}"

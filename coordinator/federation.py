@@ -16,8 +16,8 @@ from flwr.serverapp import Grid
 from pomona.adapters import AdapterWeights
 from pomona.base_model import find_base_model
 from pomona.batches import Encoded
-from pomona.coordinator.enrolment import Introduction, Roster, choose_cohort
 from pomona.coordinator.beginning import begin_run, load_held_out
+from pomona.coordinator.enrolment import Introduction, Roster, choose_cohort
 from pomona.coordinator.strategy import Aggregate, BoundedFlora
 from pomona.errors import NotEnoughClients, PayloadError
 from pomona.lora_model import AdaptedModel, Scores
@@ -79,9 +79,7 @@ class _Federation:
         self._strategy.summary()
         self._wait_for_clients()
         scores = self._score(self._strategy.weights)
-        self._registry.set_initial_metrics(
-            self._invitation.run_id, {"accuracy": scores.accuracy, "loss": scores.loss}
-        )
+        self._registry.set_initial_metrics(self._invitation.run_id, {"accuracy": scores.accuracy, "loss": scores.loss})
         return [self._round(number) for number in range(1, self._settings.rounds + 1)]
 
     def _round(self, number: int) -> Version:
@@ -117,7 +115,12 @@ class _Federation:
         energy = list(aggregate.retained_energy.values()) or [1.0]
         payload = encode_weights(
             aggregate.weights,
-            metadata={"format": "adapter/1", "base_sha256": self._invitation.base_sha256, "run_id": run_id, "round": number},
+            metadata={
+                "format": "adapter/1",
+                "base_sha256": self._invitation.base_sha256,
+                "run_id": run_id,
+                "round": number,
+            },
         )
         return self._registry.publish_round(
             NewVersion(

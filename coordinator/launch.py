@@ -3,6 +3,7 @@
 import json
 import os
 import secrets
+import shutil
 import subprocess
 import tempfile
 import time
@@ -10,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from pomona import __version__, errors
+from pomona.coordinator.beginning import begin_run
 from pomona.coordinator.server import Server
 from pomona.errors import ProcessDied, RunFailed
 from pomona.processes import child_environment
@@ -76,6 +78,32 @@ def submit(server: Server, settings: RunSettings, *, run_id: str, folder: Path) 
 def stop(server: Server, flower_run: int, *, folder: Path) -> None:
     """Stop a run."""
     _flwr(server, folder, "stop", str(flower_run), "server")
+
+
+def run_at(server: Server, registry: Registry, settings: RunSettings, *, show: Callable[[Run], None]) -> Run:
+    """Start a run at a server and follow it to its end; an interrupt stops it.
+
+    Raises:
+        BaseModelError: The base model is not here.
+        DataError: The held-out data cannot be used.
+        PomonaError: The run ended with it.
+    """
+    run_id = new_run_id()
+    begin_run(registry, settings, run_id=run_id)
+    folder = private_folder()
+    flower_run = None
+    try:
+        flower_run = submit(server, settings, run_id=run_id, folder=folder)
+        alive = watch_flower(server, flower_run, folder=folder)
+        return follow(registry, run_id, alive=alive, show=show)
+    except BaseException as error:
+        if registry.run(run_id).state == "running":
+            if flower_run is not None:
+                stop(server, flower_run, folder=folder)
+            registry.finish_run(run_id, "failed", f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def follow(

@@ -28,7 +28,11 @@ def score(base: str, adapter: str, data: Path, *, max_length: int) -> float:
     for i in range(0, len(rows), _BATCH):
         part = rows[i : i + _BATCH]
         inputs = tokenizer(
-            [row["text"] for row in part], truncation=True, max_length=max_length, padding=True, return_tensors="pt"
+            [row["text"] for row in part],
+            truncation=True,
+            max_length=max_length,
+            padding=True,
+            return_tensors="pt",
         )
         with torch.inference_mode():
             chosen = model(**inputs).logits.argmax(-1).tolist()
@@ -41,4 +45,4 @@ if __name__ == "__main__":
     logging.disable_progress_bar()
     _, base_folder, adapter_folder, data_file, length = sys.argv
     accuracy = score(base_folder, adapter_folder, Path(data_file), max_length=int(length))
-    print(json.dumps({"accuracy": accuracy}))  # noqa: T201
+    print(json.dumps({"accuracy": accuracy}))

@@ -47,9 +47,33 @@ class Server:
     ca_certificate: str = ""
 
 
+def tls_or_insecure(
+    ca_certificate: Path | None, certificate: Path | None, key: Path | None, *, insecure: bool
+) -> Tls | None:
+    """Return the certificates, or None where going without was asked for in so many words.
+
+    Raises:
+        ConfigError: Neither, both, or only some of the files were given.
+    """
+    if insecure and not (ca_certificate or certificate or key):
+        return None
+    if insecure or not (ca_certificate and certificate and key):
+        raise ConfigError(
+            "give --ssl-ca-certfile, --ssl-certfile and --ssl-keyfile, or --insecure to go without TLS, and not both"
+        )
+    return Tls(ca_certificate=ca_certificate, certificate=certificate, key=key)
+
+
 @contextmanager
 def run_server(
-    supervisor: Supervisor, state: Path, *, registry_home: Path, host: str, port: int, tls: Tls | None, threads: int = 1
+    supervisor: Supervisor,
+    state: Path,
+    *,
+    registry_home: Path,
+    host: str,
+    port: int,
+    tls: Tls | None,
+    threads: int = 1,
 ) -> Iterator[Server]:
     """Start a server and take it down at the end.
 
@@ -92,7 +116,9 @@ def run_server(
         )
         supervisor.start("superlink", _command(server, state, tls), env=env)
         supervisor.wait_for(
-            lambda: listens(server.fleet) and listens(server.control), what="the SuperLink", timeout_s=_START_TIMEOUT_S
+            lambda: listens(server.fleet) and listens(server.control),
+            what="the SuperLink",
+            timeout_s=_START_TIMEOUT_S,
         )
         facts = state / _FACTS
         facts.write_text(json.dumps(asdict(server)), encoding="utf-8")

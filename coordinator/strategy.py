@@ -78,7 +78,14 @@ class BoundedFlora(Strategy):
     """
 
     def __init__(
-        self, *, settings: RunSettings, invitation: Invitation, manifest: AdapterManifest, registry: Registry, roster: Roster, weights: AdapterWeights
+        self,
+        *,
+        settings: RunSettings,
+        invitation: Invitation,
+        manifest: AdapterManifest,
+        registry: Registry,
+        roster: Roster,
+        weights: AdapterWeights,
     ) -> None:
         self._settings, self._invitation, self._manifest = settings, invitation, manifest
         self._registry, self._roster = registry, roster
@@ -204,7 +211,12 @@ class BoundedFlora(Strategy):
     def summary(self) -> None:
         """Log what this strategy does."""
         limits = self._settings.aggregation
-        _log.info("flora-bounded: max_rank %d, energy %g, %d rounds", limits.max_rank, limits.energy, self._settings.rounds)
+        _log.info(
+            "flora-bounded: max_rank %d, energy %g, %d rounds",
+            limits.max_rank,
+            limits.energy,
+            self._settings.rounds,
+        )
 
     def _payload(self, client: str, reply: Message) -> bytes:
         if reply.has_error():

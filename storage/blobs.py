@@ -77,9 +77,7 @@ class BlobStore:
                 f"cannot read blob {path}: {error.strerror or error}; restore it from a backup"
             ) from error
         if (found := hashlib.sha256(content).hexdigest()) != sha256:
-            raise BlobCorrupt(
-                f"blob {path} has the hash {found}; its bytes were changed: restore it from a backup"
-            )
+            raise BlobCorrupt(f"blob {path} has the hash {found}; its bytes were changed: restore it from a backup")
         return content
 
     def remove_leftovers(self) -> int:

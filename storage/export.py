@@ -217,9 +217,7 @@ def _require_room(target: Path, *, overwrite: bool) -> None:
     if not names or (overwrite and MARKER in names):
         return
     if MARKER in names:
-        raise ConfigError(
-            f"{target} holds an earlier export; name another folder, or overwrite it (--overwrite)"
-        )
+        raise ConfigError(f"{target} holds an earlier export; name another folder, or overwrite it (--overwrite)")
     raise ConfigError(f"{target} is not empty and holds no earlier export; name another folder")
 
 

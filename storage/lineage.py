@@ -33,9 +33,7 @@ def trace(connection: sa.Connection, ref: str) -> LineageNode:
                 submissions=sent[edge.parent_id],
             )
         )
-    return LineageNode(
-        version=root, kind="", coefficient=1.0, parents=parents[root.id], submissions=sent[root.id]
-    )
+    return LineageNode(version=root, kind="", coefficient=1.0, parents=parents[root.id], submissions=sent[root.id])
 
 
 def _ancestry(version_id: int) -> sa.Select[tuple[int]]:
@@ -45,23 +43,17 @@ def _ancestry(version_id: int) -> sa.Select[tuple[int]]:
 
 
 def _edges_below(connection: sa.Connection, version_id: int) -> Sequence[sa.Row[tuple[object, ...]]]:
-    return connection.execute(
-        sa.select(t.lineage).where(t.lineage.c.child_id.in_(_ancestry(version_id)))
-    ).all()
+    return connection.execute(sa.select(t.lineage).where(t.lineage.c.child_id.in_(_ancestry(version_id)))).all()
 
 
-def _submissions_of(
-    connection: sa.Connection, ancestors: Sequence[Version]
-) -> Mapping[int, Sequence[Submission]]:
+def _submissions_of(connection: sa.Connection, ancestors: Sequence[Version]) -> Mapping[int, Sequence[Submission]]:
     by_round = {
         run_id: submissions(connection, run_id, None)
         for run_id in {version.run_id for version in ancestors if version.run_id is not None}
     }
     return {
         version.id: tuple(
-            item
-            for item in by_round.get(version.run_id or "", ())
-            if item.round_number == version.round_number
+            item for item in by_round.get(version.run_id or "", ()) if item.round_number == version.round_number
         )
         for version in ancestors
     }

@@ -34,9 +34,7 @@ def publish_round(connection: sa.Connection, new: NewVersion, sha256: str) -> Ve
     if closed.parent_id is not None:
         edge = {"child_id": version_id, "parent_id": closed.parent_id, "kind": "parent", "coefficient": 1.0}
         connection.execute(sa.insert(t.lineage).values(**edge))
-    scores = [
-        {"version_id": version_id, "key": key, "value": value} for key, value in metrics(new.metrics).items()
-    ]
+    scores = [{"version_id": version_id, "key": key, "value": value} for key, value in metrics(new.metrics).items()]
     if scores:
         connection.execute(sa.insert(t.metric), scores)
     _link_submissions(connection, new, version_id)
@@ -49,8 +47,7 @@ def _require_run(connection: sa.Connection, new: NewVersion) -> None:
         raise RegistryError(f"run {run.id} publishes versions of {run.adapter!r}, got one of {new.adapter!r}")
     if new.base_sha256 != run.base_sha256:
         raise BaseModelError(
-            f"run {run.id} trains on base model {run.base_sha256[:12]}, "
-            f"got a version on {new.base_sha256[:12]}"
+            f"run {run.id} trains on base model {run.base_sha256[:12]}, got a version on {new.base_sha256[:12]}"
         )
     if real(new.retained_energy) is None or not math.isfinite(new.seconds):
         raise RegistryError(

@@ -135,9 +135,7 @@ class Registry:
         """Record how a run ended."""
         return self._write(lambda c: rounds.finish_run(c, run_id, state, reason))
 
-    def enrol_client(
-        self, run_id: str, *, name: str, rank: int, num_examples: int, excluded: str = ""
-    ) -> Client:
+    def enrol_client(self, run_id: str, *, name: str, rank: int, num_examples: int, excluded: str = "") -> Client:
         """Record a client, or what it says now if it enrolled before.
 
         Args:
@@ -148,9 +146,7 @@ class Registry:
             excluded: Why it takes no part, ``""`` when it does.
         """
         return self._write(
-            lambda c: rounds.enrol_client(
-                c, run_id, name=name, rank=rank, num_examples=num_examples, excluded=excluded
-            )
+            lambda c: rounds.enrol_client(c, run_id, name=name, rank=rank, num_examples=num_examples, excluded=excluded)
         )
 
     def set_initial_metrics(self, run_id: str, metrics: Mapping[str, float]) -> None:
@@ -283,9 +279,7 @@ class Registry:
                     return work(connection)
             except IntegrityError as error:
                 if attempt == _ATTEMPTS - 1:
-                    raise VersionConflict(
-                        f"another writer was first, {_ATTEMPTS} times: {error.orig}"
-                    ) from error
+                    raise VersionConflict(f"another writer was first, {_ATTEMPTS} times: {error.orig}") from error
         raise AssertionError
 
 
@@ -293,8 +287,7 @@ def _prepare_home(home: Path, *, needs_file: bool, read_only: bool) -> None:
     if read_only:
         if needs_file and not (home / "registry.db").is_file():
             raise RegistryUnavailable(
-                f"there is no registry in {home}; a run creates it, "
-                "or name another folder by --home or POMONA_HOME"
+                f"there is no registry in {home}; a run creates it, or name another folder by --home or POMONA_HOME"
             )
         return
     try:

@@ -16,9 +16,7 @@ _NONCE_LENGTH = 64
 _REASON_LENGTH = 2000
 
 
-def start_run(
-    connection: sa.Connection, *, run_id: str, adapter: str, base_sha256: str, settings_json: str
-) -> Run:
+def start_run(connection: sa.Connection, *, run_id: str, adapter: str, base_sha256: str, settings_json: str) -> Run:
     """Begin a run, or take up again one of the same id, adapter, base model and settings.
 
     Raises:
@@ -30,8 +28,7 @@ def start_run(
     if existing is not None:
         if different := [name for name, value in facts.items() if existing[name] != value]:
             raise VersionConflict(
-                f"run {run_id} exists with other {', '.join(different)}; "
-                "resume it as it was, or choose another id"
+                f"run {run_id} exists with other {', '.join(different)}; resume it as it was, or choose another id"
             )
         resumed = {"state": "running", "reason": "", "finished_at": None}
         connection.execute(sa.update(t.run).where(t.run.c.id == run_id).values(**resumed))
@@ -42,9 +39,7 @@ def start_run(
     if connection.scalar(sa.select(t.adapter.c.name).filter_by(name=adapter)) is None:
         connection.execute(sa.insert(t.adapter).values(name=adapter, created_at=now))
     connection.execute(
-        sa.insert(t.run).values(
-            id=run_id, state="running", reason="", started_at=now, initial_metrics={}, **facts
-        )
+        sa.insert(t.run).values(id=run_id, state="running", reason="", started_at=now, initial_metrics={}, **facts)
     )
     return run(connection, run_id)
 
@@ -272,10 +267,7 @@ def submissions(
     if number is not None:
         chosen = (t.submission.c.round == number, *chosen)
     query = (
-        sa.select(t.submission, _ref().label("version"))
-        .outerjoin(t.version)
-        .where(*chosen)
-        .order_by(t.submission.c.id)
+        sa.select(t.submission, _ref().label("version")).outerjoin(t.version).where(*chosen).order_by(t.submission.c.id)
     )
     return [_submission(row) for row in connection.execute(query)]
 
@@ -304,9 +296,7 @@ def _submission(row: sa.Row[tuple[object, ...]]) -> Submission:
 def _require_room(connection: sa.Connection, new: NewSubmission, *, state: str) -> None:
     where = f"round {new.round_number} of run {new.run_id}"
     if state != "open":
-        raise VersionConflict(
-            f"{where} is {state}; the update of {new.client!r} can only be recorded as late"
-        )
+        raise VersionConflict(f"{where} is {state}; the update of {new.client!r} can only be recorded as late")
     accepted = sa.select(t.submission.c.client).filter_by(run_id=new.run_id, status="accepted")
     client = text(new.client, limit=_NAME_LENGTH)
     if connection.execute(accepted.filter_by(round=new.round_number, client=client)).first():

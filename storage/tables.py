@@ -54,12 +54,8 @@ def _moment(name: str, *, nullable: bool = False) -> sa.Column[datetime]:
     return sa.Column(name, UtcDateTime, nullable=nullable)
 
 
-def _version_id(
-    name: str = "version_id", *, primary_key: bool = False, nullable: bool = False
-) -> sa.Column[int]:
-    return sa.Column(
-        name, sa.Integer, sa.ForeignKey("version.id"), primary_key=primary_key, nullable=nullable
-    )
+def _version_id(name: str = "version_id", *, primary_key: bool = False, nullable: bool = False) -> sa.Column[int]:
+    return sa.Column(name, sa.Integer, sa.ForeignKey("version.id"), primary_key=primary_key, nullable=nullable)
 
 
 base_model = sa.Table(

@@ -111,15 +111,12 @@ def set_alias(connection: sa.Connection, name: str, alias: str, number: int) -> 
     """
     if not _ALIAS.fullmatch(alias):
         raise ConfigError(
-            "expected an alias of lower-case letters, digits, - and _ that begins with a letter, "
-            f"got {alias!r}"
+            f"expected an alias of lower-case letters, digits, - and _ that begins with a letter, got {alias!r}"
         )
     version = resolve(connection, f"{name}/{number}")
     now = datetime.now(UTC)
     of_alias = (t.alias.c.adapter_name == name, t.alias.c.alias == alias)
-    moved = connection.execute(
-        sa.update(t.alias).where(*of_alias).values(version_id=version.id, moved_at=now)
-    )
+    moved = connection.execute(sa.update(t.alias).where(*of_alias).values(version_id=version.id, moved_at=now))
     if not moved.rowcount:
         connection.execute(
             sa.insert(t.alias).values(adapter_name=name, alias=alias, version_id=version.id, moved_at=now)
@@ -148,9 +145,7 @@ def set_tag(connection: sa.Connection, ref: str, key: str, value: str) -> Versio
         AdapterNotFound: There is no such version.
     """
     if not _TAG_KEY.fullmatch(key):
-        raise ConfigError(
-            f"expected a tag key of letters, digits and ._/- that begins with no mark, got {key!r}"
-        )
+        raise ConfigError(f"expected a tag key of letters, digits and ._/- that begins with no mark, got {key!r}")
     if len(value) > _TAG_LENGTH:
         raise ConfigError(f"expected a tag value of at most {_TAG_LENGTH} characters, got {len(value)}")
     version = resolve(connection, ref)
@@ -208,15 +203,11 @@ def _require_adapter(connection: sa.Connection, name: str) -> None:
 
 
 def _what_there_is(connection: sa.Connection, name: str, ref: str) -> str:
-    newest = connection.scalar(
-        sa.select(sa.func.max(t.version.c.version)).where(t.version.c.adapter_name == name)
-    )
+    newest = connection.scalar(sa.select(sa.func.max(t.version.c.version)).where(t.version.c.adapter_name == name))
     if newest is None:
         return f"there is no version {ref!r}; {name} has none yet"
     aliases = [f"{name}@{alias}" for _, alias, _ in _aliases(connection, t.alias.c.adapter_name == name)]
-    return f"there is no version {ref!r}; {name} has 1 to {newest}" + (
-        f" and {_some(aliases)}" if aliases else ""
-    )
+    return f"there is no version {ref!r}; {name} has 1 to {newest}" + (f" and {_some(aliases)}" if aliases else "")
 
 
 def _aliases(connection: sa.Connection, *where: sa.ColumnElement[bool]) -> list[tuple[str, str, int]]:
@@ -229,13 +220,9 @@ def _aliases(connection: sa.Connection, *where: sa.ColumnElement[bool]) -> list[
     return [(row.adapter_name, row.alias, row.version) for row in connection.execute(query)]
 
 
-def _note_move(
-    connection: sa.Connection, name: str, alias: str, version_id: int | None, moved_at: datetime
-) -> None:
+def _note_move(connection: sa.Connection, name: str, alias: str, version_id: int | None, moved_at: datetime) -> None:
     connection.execute(
-        sa.insert(t.alias_history).values(
-            adapter_name=name, alias=alias, version_id=version_id, moved_at=moved_at
-        )
+        sa.insert(t.alias_history).values(adapter_name=name, alias=alias, version_id=version_id, moved_at=moved_at)
     )
 
 

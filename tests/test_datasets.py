@@ -114,9 +114,7 @@ def test_the_split_of_a_text_never_changes() -> None:
     ]
 
 
-printable = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r"), min_size=1).filter(
-    str.strip
-)
+printable = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r"), min_size=1).filter(str.strip)
 
 
 @given(st.lists(st.tuples(printable, printable, printable), min_size=1, max_size=8))
@@ -274,9 +272,7 @@ def test_a_split_without_examples_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["gone.csv", "file.csv/below.csv"])
 def test_a_missing_file_is_named_with_what_there_could_be(tmp_path: Path, name: str) -> None:
     write(tmp_path, "file.csv", HEADER)
-    with pytest.raises(
-        DataError, match=r"no data file '.*'; expected wordnet-nouns or a \.csv or \.jsonl file"
-    ):
+    with pytest.raises(DataError, match=r"no data file '.*'; expected wordnet-nouns or a \.csv or \.jsonl file"):
         load_dataset(tmp_path / name, split=None)
 
 

@@ -33,9 +33,7 @@ def total_variation(parts: Sequence[Indices], labels: Sequence[str]) -> float:
     whole = np.array([everything[name] / len(labels) for name in names])
     mixes = [Counter(labels[i] for i in part) for part in parts]
     return float(
-        np.mean(
-            [0.5 * np.abs(np.array([mix[n] for n in names]) / mix.total() - whole).sum() for mix in mixes]
-        )
+        np.mean([0.5 * np.abs(np.array([mix[n] for n in names]) / mix.total() - whole).sum() for mix in mixes])
     )
 
 
@@ -102,9 +100,7 @@ def test_a_large_alpha_is_near_iid_and_a_small_one_is_skewed() -> None:
 def test_dirichlet_proportions_have_the_variance_of_their_distribution() -> None:
     clients, alpha, n = 5, 0.7, 2000
     shares = [
-        len(part) / n
-        for seed in range(400)
-        for part in partition_dirichlet([""] * n, clients, alpha=alpha, seed=seed)
+        len(part) / n for seed in range(400) for part in partition_dirichlet([""] * n, clients, alpha=alpha, seed=seed)
     ]
     variance = (1 / clients) * (1 - 1 / clients) / (clients * alpha + 1)
     assert np.mean(shares) == pytest.approx(1 / clients)

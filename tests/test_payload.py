@@ -47,9 +47,7 @@ def test_reads_what_safetensors_writes() -> None:
 def test_offsets_are_counted_from_the_start_of_the_payload() -> None:
     good = payload(GOOD, bytes(12))
     start = len(good) - 12
-    assert read_header(good).tensors["b"] == TensorInfo(
-        dtype="F32", shape=(1, 1), start=start + 8, end=start + 12
-    )
+    assert read_header(good).tensors["b"] == TensorInfo(dtype="F32", shape=(1, 1), start=start + 8, end=start + 12)
 
 
 def test_nothing_at_all_is_a_payload_without_tensors() -> None:
@@ -191,8 +189,7 @@ def test_as_many_tensors_as_fit_a_header_are_refused_by_count() -> None:
 def test_refuses_what_safetensors_lets_pass() -> None:
     """Guards the reason this module exists."""
     twice = frame(
-        '{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
-        '"a":{"dtype":"F32","shape":[1,2],"data_offsets":[0,8]}}',
+        '{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{"dtype":"F32","shape":[1,2],"data_offsets":[0,8]}}',
         bytes(8),
     )
     assert load(twice)["a"].shape == (1, 2)
@@ -235,9 +232,7 @@ ENTRIES = st.fixed_dictionaries(
 )
 @example({"a": entry([2], [0, 8])}, bytes(8))
 @settings(deadline=None, max_examples=200)
-def test_any_header_is_read_or_refused_and_what_is_read_covers_the_data(
-    header: dict[str, object], data: bytes
-) -> None:
+def test_any_header_is_read_or_refused_and_what_is_read_covers_the_data(header: dict[str, object], data: bytes) -> None:
     attack = payload(header, data)
     try:
         tensors = read_header(attack).tensors

@@ -126,9 +126,7 @@ def test_strides_do_not_show() -> None:
     turned = straight.T.contiguous().T
     assert turned.stride() != straight.stride()
     b = torch.ones(1, 2)
-    payloads = [
-        encode_weights(AdapterWeights(layers={"q": LoraFactors(a=a, b=b)})) for a in (straight, turned)
-    ]
+    payloads = [encode_weights(AdapterWeights(layers={"q": LoraFactors(a=a, b=b)})) for a in (straight, turned)]
     assert payloads[0] == payloads[1]
 
 
@@ -324,9 +322,7 @@ def test_refuses_an_unknown_field() -> None:
 
 
 def test_claims_are_left_to_verification() -> None:
-    odd = decode_update(
-        resent(lambda metadata: metadata.update(rank=-1, num_examples=0, round_number=-5, alpha=-1))
-    )
+    odd = decode_update(resent(lambda metadata: metadata.update(rank=-1, num_examples=0, round_number=-5, alpha=-1)))
     assert (odd.rank, odd.num_examples, odd.round_number, odd.alpha) == (-1, 0, -5, -1.0)
 
 

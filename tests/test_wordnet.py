@@ -17,9 +17,7 @@ from pomona.datasets import WORDNET_NOUNS, class_names, load_dataset, split_of
 
 SHIPPED = files("pomona.wordnet")
 README = SHIPPED.joinpath("README.md").read_text(encoding="utf-8")
-RECORDED = {
-    name: digest for digest, name in re.findall(r"^sha256 ([0-9a-f]{64})  (\S+)", README, re.MULTILINE)
-}
+RECORDED = {name: digest for digest, name in re.findall(r"^sha256 ([0-9a-f]{64})  (\S+)", README, re.MULTILINE)}
 
 # two header lines, then lines of data.noun with their words and pointers shortened
 EXCERPT = """\
@@ -69,12 +67,9 @@ def test_the_shipped_counts_are_the_recorded_ones() -> None:
         for name, numbers in re.findall(r"^\| (\w+) \| ((?:\d+ \| ){3}\d+) \|$", README, re.MULTILINE)
     }
     everything = load_dataset(WORDNET_NOUNS, split=None)
-    splits = [
-        Counter(load_dataset(WORDNET_NOUNS, split=split).labels) for split in ("train", "validation", "test")
-    ]
+    splits = [Counter(load_dataset(WORDNET_NOUNS, split=split).labels) for split in ("train", "validation", "test")]
     measured = {
-        name: (*(split[name] for split in splits), everything.labels.count(name))
-        for name in class_names(everything)
+        name: (*(split[name] for split in splits), everything.labels.count(name)) for name in class_names(everything)
     }
     assert len(measured) == 24
     assert table.pop("total") == tuple(map(sum, zip(*measured.values(), strict=True)))

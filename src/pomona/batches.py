@@ -35,7 +35,11 @@ class Encoded:
 
 
 def encode(
-    texts: Sequence[str], targets: Sequence[int], *, tokenizer: Any, max_length: int  # noqa: ANN401 - untyped in transformers
+    texts: Sequence[str],
+    targets: Sequence[int],
+    *,
+    tokenizer: Any,
+    max_length: int,  # noqa: ANN401 - untyped in transformers
 ) -> Encoded:
     """Tokenise texts, cut at ``max_length`` tokens."""
     ids = tokenizer(list(texts), truncation=True, max_length=max_length, return_attention_mask=False)["input_ids"]
@@ -87,9 +91,5 @@ def collate(data: Encoded, chosen: Sequence[int] | np.ndarray[Any, np.dtype[np.i
     for i, row in enumerate(rows):
         ids[i, : len(row)] = torch.tensor(row)
         mask[i, : len(row)] = 1
-    labels = (
-        torch.tensor([data.targets[i] for i in chosen])
-        if data.targets
-        else ids.masked_fill(mask == 0, _IGNORED)
-    )
+    labels = torch.tensor([data.targets[i] for i in chosen]) if data.targets else ids.masked_fill(mask == 0, _IGNORED)
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}

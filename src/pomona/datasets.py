@@ -107,9 +107,7 @@ def split_of(text: str, *, seed: int = 0) -> Split:
     return "train" if bucket < 70 else "validation" if bucket < 85 else "test"
 
 
-def load_dataset(
-    source: str | Path, *, split: Split | None, task: Task = "classification", seed: int = 0
-) -> Dataset:
+def load_dataset(source: str | Path, *, split: Split | None, task: Task = "classification", seed: int = 0) -> Dataset:
     """Load a data set and check every row of it.
 
     Args:
@@ -132,9 +130,7 @@ def load_dataset(
         raise DataError(f"{name} is empty: expected at least one row, got none")
     rows = [row for row in everything if split in (None, row.split or split_of(row.text, seed=seed))]
     if not rows:
-        raise DataError(
-            f"{name} has {len(everything)} rows but none in split {split!r}; add rows or name another"
-        )
+        raise DataError(f"{name} has {len(everything)} rows but none in split {split!r}; add rows or name another")
     columns = dict.fromkeys(name for row in rows for name in row.others)
     return Dataset(
         texts=tuple(row.text for row in rows),
@@ -181,9 +177,7 @@ def _opened(name: str) -> Iterator[tuple[IO[bytes] | gzip.GzipFile, _ReadRows]]:
         with path.open("rb") as stream:
             yield stream, _READERS[path.suffix.lower()]
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise DataError(
-            f"no data file {name!r}; expected {WORDNET_NOUNS} or a .csv or .jsonl file"
-        ) from error
+        raise DataError(f"no data file {name!r}; expected {WORDNET_NOUNS} or a .csv or .jsonl file") from error
     except OSError as error:
         raise DataError(f"cannot read the data file {name}: {error}") from error
 

@@ -17,7 +17,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLayer
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from pomona.adapters import AdapterWeights, LoraFactors
@@ -92,7 +97,15 @@ class AdaptedModel:
             )
         return heads
 
-    def attach(self, weights: AdapterWeights, *, rank: int = 0, alpha: float = 1.0, rslora: bool = False, seed: int = 0) -> None:
+    def attach(
+        self,
+        weights: AdapterWeights,
+        *,
+        rank: int = 0,
+        alpha: float = 1.0,
+        rslora: bool = False,
+        seed: int = 0,
+    ) -> None:
         """Put a global adapter on the base, frozen, and a fresh trainable one over it.
 
         The fresh adapter has ``B = 0``, so the model computes what the global one computes. Its A is a function of
@@ -166,11 +179,17 @@ class AdaptedModel:
     @torch.inference_mode()
     def logits(self, data: Encoded) -> Tensor:
         """Return the outputs for each example of a classification set in order, ``(examples, classes)``."""
-        return torch.cat([
-            self._forward(batch).logits.float().cpu()
-            for i in range(0, len(data), _SCORE_BATCH)
-            for batch in batches(_slice(data, i), batch_size=1, generator=None)
-        ]) if len(data) else torch.zeros(0)
+        return (
+            torch.cat(
+                [
+                    self._forward(batch).logits.float().cpu()
+                    for i in range(0, len(data), _SCORE_BATCH)
+                    for batch in batches(_slice(data, i), batch_size=1, generator=None)
+                ]
+            )
+            if len(data)
+            else torch.zeros(0)
+        )
 
     def encoder(self) -> nn.Module:
         """Return the base model without its heads, with what is attached to it."""
@@ -230,7 +249,12 @@ def _load(path: Path, task: Task, num_labels: int) -> tuple[PreTrainedModel, Any
     options = {} if task == "causal-lm" else {"num_labels": num_labels}
     try:
         model = loader.from_pretrained(
-            path, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=torch.float32, **options
+            path,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            dtype=torch.float32,
+            **options,
         )
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, RuntimeError) as error:

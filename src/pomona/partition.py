@@ -125,9 +125,7 @@ def partition_by_column(values: Sequence[str]) -> dict[str, Indices]:
     users: defaultdict[str, list[int]] = defaultdict(list)
     for index, name in enumerate(values):
         if not name.strip():
-            raise DataError(
-                f"example {index + 1} of {len(values)} names no user; fill in the column of the users"
-            )
+            raise DataError(f"example {index + 1} of {len(values)} names no user; fill in the column of the users")
         users[name].append(index)
     return {name: np.asarray(users[name], dtype=np.int64) for name in sorted(users)}
 

@@ -108,10 +108,7 @@ def read_header(
     metadata = _read_metadata(entries.pop(_METADATA, {}))
     if len(entries) > max_tensors:
         raise PayloadError(f"expected at most {max_tensors} tensors, got {len(entries)}")
-    tensors = {
-        name: _read_tensor(name, entry, data_start=data_start, dtypes=dtypes)
-        for name, entry in entries.items()
-    }
+    tensors = {name: _read_tensor(name, entry, data_start=data_start, dtypes=dtypes) for name, entry in entries.items()}
     _check_layout(tensors, start=data_start, end=len(payload))
     return PayloadHeader(tensors=tensors, metadata=metadata)
 
@@ -217,9 +214,7 @@ def _check_layout(tensors: Mapping[str, TensorInfo], *, start: int, end: int) ->
     cursor = start
     for name, info in sorted(tensors.items(), key=lambda item: item[1].start):
         if info.start < cursor:
-            raise PayloadError(
-                f"tensor {_quote(name)} overlaps the one before it by {cursor - info.start} bytes"
-            )
+            raise PayloadError(f"tensor {_quote(name)} overlaps the one before it by {cursor - info.start} bytes")
         if info.start > cursor:
             raise PayloadError(f"a hole of {info.start - cursor} bytes lies before tensor {_quote(name)}")
         cursor = info.end

@@ -151,6 +151,10 @@ class Supervisor:
         """Return the exit code of a child, or None while it lives."""
         return next(child.process.poll() for child in self._children if child.name == name)
 
+    def forget(self, name: str) -> None:
+        """Stop watching a child that has ended, so that it can be started again."""
+        self._children = [child for child in self._children if child.name != name or child.process.poll() is None]
+
     def wait_for(self, ready: Callable[[], bool], *, what: str, timeout_s: float) -> None:
         """Wait until ``ready`` is true, watching the children meanwhile.
 

@@ -40,9 +40,7 @@ def encode_weights(weights: AdapterWeights, *, metadata: Mapping[str, object] | 
     tensors: dict[str, Tensor] = {}
     for module, factors in weights.layers.items():
         if factors.scale != 1.0:
-            raise ValueError(
-                f"layer {module!r} should have scale 1, got {factors.scale}; fold it into b first"
-            )
+            raise ValueError(f"layer {module!r} should have scale 1, got {factors.scale}; fold it into b first")
         tensors[LORA_A + module] = factors.a
         tensors[LORA_B + module] = factors.b
     tensors |= {HEAD + name: tensor for name, tensor in weights.heads.items()}
@@ -60,9 +58,7 @@ def encode_weights(weights: AdapterWeights, *, metadata: Mapping[str, object] | 
     return payload
 
 
-def decode_weights(
-    payload: bytes, *, allow_empty_layers: bool = True
-) -> tuple[AdapterWeights, dict[str, object]]:
+def decode_weights(payload: bytes, *, allow_empty_layers: bool = True) -> tuple[AdapterWeights, dict[str, object]]:
     """Decode an adapter and its metadata; NaN and infinities are decoded as they are.
 
     Args:
@@ -164,9 +160,7 @@ class _UpdateFacts(BaseModel):
 
 def _to_float32(key: str, tensor: Tensor) -> Tensor:
     if tensor.dtype not in _WIDENED_EXACTLY:
-        raise ValueError(
-            f"{key} should be float32, got {tensor.dtype}; convert it where the rounding is meant"
-        )
+        raise ValueError(f"{key} should be float32, got {tensor.dtype}; convert it where the rounding is meant")
     # a copy, because safetensors refuses tensors that share memory (tied weights)
     return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
 

@@ -69,9 +69,7 @@ def test_stack_equals_the_dense_weighted_sum(cohort: tuple[list[LoraFactors], li
     stacked = stack(updates, weights=weights)
     assert stacked.rank == sum(update.rank for update in updates)
     assert stacked.scale == 1.0
-    magnitude = sum(
-        float(u.scale * w * u.b.norm() * u.a.norm()) for u, w in zip(updates, weights, strict=True)
-    )
+    magnitude = sum(float(u.scale * w * u.b.norm() * u.a.norm()) for u, w in zip(updates, weights, strict=True))
     assert_close(stacked.delta(), dense_mean(updates, weights), rtol=0, atol=1e-14 * magnitude)
 
 

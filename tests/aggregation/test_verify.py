@@ -33,9 +33,7 @@ def make_weights(*, rank: int = 2, seed: int = 0) -> AdapterWeights:
     gen = torch.Generator().manual_seed(seed)
     return AdapterWeights(
         layers={
-            name: LoraFactors(
-                a=torch.randn(rank, in_, generator=gen), b=torch.randn(out, rank, generator=gen)
-            )
+            name: LoraFactors(a=torch.randn(rank, in_, generator=gen), b=torch.randn(out, rank, generator=gen))
             for name, (out, in_) in LAYERS.items()
         },
         heads={name: torch.randn(*shape, generator=gen) for name, shape in HEADS.items()},
@@ -58,9 +56,7 @@ def make_update(**changes: object) -> AdapterUpdate:
     return dataclasses.replace(update, **changes)  # type: ignore[arg-type]
 
 
-def reason_for(
-    update: AdapterUpdate, *, enrolment: Enrolment = ENROLMENT, expected: Expected = EXPECTED
-) -> str:
+def reason_for(update: AdapterUpdate, *, enrolment: Enrolment = ENROLMENT, expected: Expected = EXPECTED) -> str:
     with pytest.raises(UpdateRejected) as caught:
         verify_update(update, enrolment=enrolment, expected=expected)
     assert caught.value.client == enrolment.client
@@ -84,10 +80,7 @@ def test_a_good_update_passes() -> None:
 
 def test_an_update_that_changes_nothing_passes() -> None:
     weights = make_weights()
-    layers = {
-        name: LoraFactors(a=factors.a, b=torch.zeros_like(factors.b))
-        for name, factors in weights.layers.items()
-    }
+    layers = {name: LoraFactors(a=factors.a, b=torch.zeros_like(factors.b)) for name, factors in weights.layers.items()}
     update = make_update(weights=dataclasses.replace(weights, layers=layers))
     verify_update(update, enrolment=ENROLMENT, expected=EXPECTED)
 
@@ -135,9 +128,7 @@ def test_wrong_facts(changes: dict[str, object], reason: str) -> None:
 
 def test_an_enrolment_beyond_the_limits_of_the_run_does_not_help() -> None:
     large = dataclasses.replace(ENROLMENT, rank=9)
-    assert "above max_rank=8" in reason_for(
-        make_update(rank=9, weights=make_weights(rank=9)), enrolment=large
-    )
+    assert "above max_rank=8" in reason_for(make_update(rank=9, weights=make_weights(rank=9)), enrolment=large)
     rich = dataclasses.replace(ENROLMENT, num_examples=1001)
     assert "above max_examples=1000" in reason_for(make_update(num_examples=1001), enrolment=rich)
 
@@ -150,17 +141,13 @@ def test_the_first_round_has_no_parent() -> None:
 
 def test_a_rank_that_the_tensors_do_not_have() -> None:
     assert (
-        reason_for(make_update(weights=make_weights(rank=3)))
-        == "layer 'encoder.0.query' has rank 3, the update says 2"
+        reason_for(make_update(weights=make_weights(rank=3))) == "layer 'encoder.0.query' has rank 3, the update says 2"
     )
 
 
 def test_one_layer_of_another_rank() -> None:
     odd = LoraFactors(a=torch.ones(1, 4), b=torch.ones(3, 1))
-    assert (
-        reason_for(with_layer("encoder.0.value", odd))
-        == "layer 'encoder.0.value' has rank 1, the update says 2"
-    )
+    assert reason_for(with_layer("encoder.0.value", odd)) == "layer 'encoder.0.value' has rank 1, the update says 2"
 
 
 def test_factors_that_are_scaled_already() -> None:
@@ -175,9 +162,7 @@ def without(names: str, kind: str) -> AdapterUpdate:
 
 
 def test_a_missing_layer_and_a_missing_head() -> None:
-    assert (
-        reason_for(without("encoder.0.value", "layers")) == "layer 'encoder.0.value' is missing (1 of 2 are)"
-    )
+    assert reason_for(without("encoder.0.value", "layers")) == "layer 'encoder.0.value' is missing (1 of 2 are)"
     assert reason_for(without("classifier.bias", "heads")) == "head 'classifier.bias' is missing (1 of 2 are)"
     assert reason_for(make_update(weights=AdapterWeights())).endswith("is missing (2 of 2 are)")
 

@@ -126,9 +126,7 @@ def test_a_hostile_name_is_shown_and_does_nothing(call: Call, arguments: list[st
 def test_machines_get_one_document(call: Call) -> None:
     adapters = parsed(call("ls", "--json"))
     assert isinstance(adapters, list)
-    assert [(item["name"], item["versions"], item["latest"]["ref"]) for item in adapters] == [
-        ("demo", 2, "demo/2")
-    ]
+    assert [(item["name"], item["versions"], item["latest"]["ref"]) for item in adapters] == [("demo", 2, "demo/2")]
     versions = parsed(call("versions", "demo", "--json"))
     assert isinstance(versions, list)
     assert [item["metrics"] for item in versions] == [

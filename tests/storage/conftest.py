@@ -112,9 +112,7 @@ def publish(registry: Registry, submission: Submit) -> Publish:
         parent = f"demo/{number - 1}" if number > 1 else None
         registry.open_round("run-1", number, parent=parent, cohort=list(weights))
         for client in weights:
-            registry.record_submission(
-                submission(client, number=number, payload=f"{client}{number}".encode())
-            )
+            registry.record_submission(submission(client, number=number, payload=f"{client}{number}".encode()))
         return registry.publish_round(new_version(number, weights=weights))
 
     return run_round

@@ -76,9 +76,7 @@ def test_a_limit_of_the_system_leaves_nothing(blobs: BlobStore) -> None:
         "try: BlobStore(Path(sys.argv[1])).put(bytes(100_000))\n"
         "except BlobWriteError as error: print(error)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script, blobs.root], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", script, blobs.root], capture_output=True, text=True, check=True)
     assert "File too large" in done.stdout
     assert files_of(blobs) == []
 
@@ -95,9 +93,7 @@ def test_a_read_only_store_refuses(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_leftovers_are_removed_but_never_under_a_writer(
-    blobs: BlobStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_leftovers_are_removed_but_never_under_a_writer(blobs: BlobStore, monkeypatch: pytest.MonkeyPatch) -> None:
     sha256 = blobs.put(b"kept")
     (blobs.root / "tmp" / "dead.part").write_bytes(b"half")
     removed_during_the_write: list[int] = []

@@ -124,14 +124,10 @@ def test_the_keys_are_those_that_peft_writes(
     base = tiny("bert")
     publish_payload(save(ragged(base, head="classifier")[0]))
     folder = export_peft(registry, "demo/1", tmp_path / "export")
-    PeftModel.from_pretrained(base, folder).save_pretrained(
-        str(tmp_path / "by-peft"), save_embedding_layers=False
-    )
+    PeftModel.from_pretrained(base, folder).save_pretrained(str(tmp_path / "by-peft"), save_embedding_layers=False)
     ours = load_file(folder / "adapter_model.safetensors")
     theirs = load_file(tmp_path / "by-peft" / "adapter_model.safetensors")
-    assert {key: value.shape for key, value in ours.items()} == {
-        key: value.shape for key, value in theirs.items()
-    }
+    assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in theirs.items()}
 
 
 def test_a_causal_model_has_no_head(
@@ -243,9 +239,7 @@ def test_what_peft_could_not_load_is_not_written(  # noqa: PLR0917
     assert not (tmp_path / "export").exists()
 
 
-def test_a_changed_or_unknown_version_is_not_written(
-    registry: Registry, publish: Publish, tmp_path: Path
-) -> None:
+def test_a_changed_or_unknown_version_is_not_written(registry: Registry, publish: Publish, tmp_path: Path) -> None:
     registry.blobs.path(publish().sha256).write_bytes(b"changed")
     with pytest.raises(BlobCorrupt):
         export_peft(registry, "demo", tmp_path / "export")

@@ -143,10 +143,7 @@ def _constraints(connection: sa.Connection) -> dict[str, list[str]]:
     return {
         table.name: sorted(
             [f"{item['name']} {item['sqltext']}" for item in inspector.get_check_constraints(table.name)]
-            + [
-                f"{item['name']} {item['column_names']}"
-                for item in inspector.get_unique_constraints(table.name)
-            ]
+            + [f"{item['name']} {item['column_names']}" for item in inspector.get_unique_constraints(table.name)]
             + [_index(item) for item in inspector.get_indexes(table.name)]
             + [f"{item['name']} {item['referred_table']}" for item in inspector.get_foreign_keys(table.name)]
         )

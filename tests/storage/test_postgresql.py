@@ -100,9 +100,7 @@ def test_an_update_has_one_receipt_and_no_rival(registry: Registry, submission: 
     assert receipts == [1] * 6
     with pytest.raises(VersionConflict, match="another accepted"):
         registry.record_submission(submission(payload=b"other"))
-    garbage = submission(
-        "bad\x00", num_examples=2**70, alpha=float("nan"), status="rejected", reason="\ud800"
-    )
+    garbage = submission("bad\x00", num_examples=2**70, alpha=float("nan"), status="rejected", reason="\ud800")
     assert registry.record_submission(garbage).num_examples is None
 
 

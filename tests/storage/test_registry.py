@@ -59,9 +59,7 @@ def test_a_reference_names_a_number_an_alias_or_the_newest(registry: Registry, p
         ("' OR 1=1 --", "there are demo"),
     ],
 )
-def test_an_unknown_reference_names_what_there_is(
-    registry: Registry, publish: Publish, ref: str, hint: str
-) -> None:
+def test_an_unknown_reference_names_what_there_is(registry: Registry, publish: Publish, ref: str, hint: str) -> None:
     publish()
     registry.set_alias("demo", "champion", 1)
     with pytest.raises(AdapterNotFound) as caught:
@@ -154,9 +152,7 @@ def test_the_lineage_leads_to_the_first_version(registry: Registry, publish: Pub
 def test_a_long_lineage_needs_no_deep_recursion(registry: Registry, publish: Publish, home: Path) -> None:
     publish()
     with closing(sqlite3.connect(home / "registry.db")) as connection, connection:
-        columns = (
-            "adapter_name, blob_sha256, bytes, base_sha256, rank, kind, exactness, retained_energy, recipe"
-        )
+        columns = "adapter_name, blob_sha256, bytes, base_sha256, rank, kind, exactness, retained_energy, recipe"
         connection.executemany(
             f"INSERT INTO version ({columns}, created_at, id, version) SELECT {columns}, created_at, ?, ? "
             "FROM version WHERE id = 1",
@@ -222,9 +218,7 @@ def test_it_opens_again_with_everything_in_it(registry: Registry, publish: Publi
         assert [run.id for run in again.runs()] == ["run-1"]
 
 
-def test_a_reader_writes_nothing(
-    registry: Registry, publish: Publish, submission: Submit, home: Path
-) -> None:
+def test_a_reader_writes_nothing(registry: Registry, publish: Publish, submission: Submit, home: Path) -> None:
     publish()
     with open_registry(home, read_only=True) as reader, pytest.raises(RegistryUnavailable, match="readonly"):
         reader.set_tag("demo", "stage", "test")
@@ -288,9 +282,7 @@ def test_a_folder_without_write_permission_can_be_read_and_not_written() -> None
             "try: open_registry(home)\n"
             "except RegistryUnavailable as error: print(error)\n"
         )
-        done = subprocess.run(
-            [sys.executable, "-c", script, home], check=False, capture_output=True, text=True
-        )
+        done = subprocess.run([sys.executable, "-c", script, home], check=False, capture_output=True, text=True)
         Path(name).chmod(0o755)
         home.chmod(0o755)
     assert done.returncode == 0, done.stderr

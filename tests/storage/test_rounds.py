@@ -72,9 +72,7 @@ def test_a_second_accepted_update_is_a_conflict(
     assert registry.submissions("run-1") == [first]
 
 
-def test_a_nonce_may_not_come_back_in_a_later_round(
-    registry: Registry, submission: Submit, make_version: Make
-) -> None:
+def test_a_nonce_may_not_come_back_in_a_later_round(registry: Registry, submission: Submit, make_version: Make) -> None:
     registry.record_submission(submission())
     registry.publish_round(make_version(weights={"anna": 1.0}))
     registry.open_round("run-1", 2, parent="demo/1", cohort=["anna"])
@@ -165,9 +163,7 @@ def test_a_limit_on_file_sizes_publishes_nothing(registry: Registry, home: Path)
     assert [path.name for path in registry.blobs.root.rglob("*") if path.is_file()] == ["lock"]
 
 
-def test_a_published_round_says_what_it_is_made_of(
-    registry: Registry, submission: Submit, make_version: Make
-) -> None:
+def test_a_published_round_says_what_it_is_made_of(registry: Registry, submission: Submit, make_version: Make) -> None:
     for client in ("anna", "bert", "carl"):
         registry.record_submission(submission(client))
     registry.record_submission(submission("dora", status="rejected", reason="NaN"))
@@ -269,8 +265,7 @@ def test_publishers_on_one_parent_lose_nothing(registry: Registry, make_version:
 def test_one_update_sent_many_times_at_once_is_counted_once(registry: Registry, submission: Submit) -> None:
     receipts: list[int] = []
     threads = [
-        threading.Thread(target=lambda: receipts.append(registry.record_submission(submission()).id))
-        for _ in range(8)
+        threading.Thread(target=lambda: receipts.append(registry.record_submission(submission()).id)) for _ in range(8)
     ]
     for thread in threads:
         thread.start()

@@ -25,6 +25,11 @@ def print_json(value: object) -> None:
     typer.echo(json.dumps(_jsonable(value), indent=2, allow_nan=False, default=_leaf))
 
 
+def print_json_line(value: object) -> None:
+    """Print one JSON document on one line, so that it is the last line of what a long command prints."""
+    typer.echo(json.dumps(_jsonable(value), allow_nan=False, default=_leaf))
+
+
 def plain(value: object) -> str:
     """Return text that can do nothing to a terminal: no control characters, no markup, one line."""
     from rich.markup import escape  # noqa: PLC0415
@@ -81,7 +86,7 @@ def exit_on_error(*, as_json: bool = False) -> Iterator[None]:
     except PomonaError as error:
         if as_json:
             facts = {"code": error.exit_code, "type": type(error).__name__, "message": str(error)}
-            print_json({"error": facts})
+            print_json_line({"error": facts})
         from rich.text import Text  # noqa: PLC0415
 
         line = Text(f"error: {_one_line(str(error))}", style="red")

@@ -326,6 +326,4 @@ def _run_row(registry: "Registry", run: "Run") -> Sequence[object]:
 
 
 def _pairs(values: Mapping[str, object]) -> str:
-    return ", ".join(
-        f"{key}={f'{value:.4g}' if isinstance(value, float) else value}" for key, value in values.items()
-    )
+    return ", ".join(f"{key}={f'{value:.4g}' if isinstance(value, float) else value}" for key, value in values.items())

@@ -112,9 +112,7 @@ def _create_versions() -> None:
         sa.Column("recipe", sa.JSON(), nullable=False),
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
         sa.CheckConstraint("exactness IN ('exact', 'truncated')", name=op.f("ck_version_exactness")),
-        sa.CheckConstraint(
-            "(run_id IS NULL) = (round IS NULL)", name=op.f("ck_version_run_and_round_go_together")
-        ),
+        sa.CheckConstraint("(run_id IS NULL) = (round IS NULL)", name=op.f("ck_version_run_and_round_go_together")),
         sa.CheckConstraint("version > 0", name=op.f("ck_version_version_is_positive")),
         sa.ForeignKeyConstraint(["adapter_name"], ["adapter.name"], name=op.f("fk_version_adapter_name")),
         sa.ForeignKeyConstraint(["base_sha256"], ["base_model.sha256"], name=op.f("fk_version_base_sha256")),
@@ -143,15 +141,11 @@ def _create_notes_on_versions() -> None:
         sa.Column("alias", sa.String(length=64), nullable=False),
         sa.Column("version_id", sa.Integer(), nullable=True),
         sa.Column("moved_at", sa.DateTime(timezone=True), nullable=False),
-        sa.ForeignKeyConstraint(
-            ["adapter_name"], ["adapter.name"], name=op.f("fk_alias_history_adapter_name")
-        ),
+        sa.ForeignKeyConstraint(["adapter_name"], ["adapter.name"], name=op.f("fk_alias_history_adapter_name")),
         sa.ForeignKeyConstraint(["version_id"], ["version.id"], name=op.f("fk_alias_history_version_id")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_alias_history")),
     )
-    op.create_index(
-        "ix_alias_history_adapter_name_alias", "alias_history", ["adapter_name", "alias"], unique=False
-    )
+    op.create_index("ix_alias_history_adapter_name_alias", "alias_history", ["adapter_name", "alias"], unique=False)
     op.create_table(
         "lineage",
         sa.Column("child_id", sa.Integer(), nullable=False),

@@ -1,0 +1,48 @@
+"""``pomona join``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pomona.cli.options import Insecure
+from pomona.cli.output import console, exit_on_error
+
+
+def join(
+    *,
+    server: Annotated[str, typer.Option(help="HOST:PORT of the coordinator.")],
+    rank: Annotated[int, typer.Option(help="LoRA rank to train; what fits this machine.")],
+    data: Annotated[str, typer.Option(help="CSV or JSONL file with text and label. It stays here.")],
+    name: Annotated[str, typer.Option(help="Name of this client, unique at the coordinator.")],
+    model: Annotated[str, typer.Option(help="Folder of the base model, where it ships in no package.")] = "",
+    insecure: Insecure = False,
+    root_certificates: Annotated[
+        Path | None, typer.Option(help="The coordinator's certificate authority (PEM).")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads for training.")] = 1,
+) -> None:
+    """Join a coordinator with this machine's data and train whenever it asks, until stopped."""
+    with exit_on_error():
+        from pomona.client.join import JoinSettings, run_client  # noqa: PLC0415
+        from pomona.errors import ConfigError  # noqa: PLC0415
+        from pomona.processes import terminated_like_interrupted  # noqa: PLC0415
+
+        if insecure == (root_certificates is not None):
+            raise ConfigError("give --root-certificates FILE, or --insecure to go without TLS, and not both")
+        settings = JoinSettings(
+            server=server,
+            name=name,
+            rank=rank,
+            data=data,
+            model=model,
+            root_certificates=root_certificates,
+            threads=threads,
+        )
+        settings.check()
+        screen = console()
+        try:
+            with terminated_like_interrupted():
+                run_client(settings, say=lambda line: screen.print(line, markup=False, soft_wrap=True))
+        except KeyboardInterrupt:
+            screen.print("stopped")
