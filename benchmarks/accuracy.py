@@ -5,9 +5,9 @@ package's own local training and aggregation, called in this process without the
 
 * ``frozen``: logistic regression on mean-pooled, normalised embeddings of the frozen model;
 * ``local``: each client trains alone for as many steps as it has in the federation; the mean over clients;
-* ``central``: all data in one place, rank 16, as many optimiser steps as a client takes, each on as many examples as the
-  whole cohort sees in one of its steps: the same steps, and the same number of examples;
-* ``central-small-batch``: the same examples again, in as many steps of a client's batch size as the cohort takes together.
+* ``central``: all data in one place, rank 16, as many optimiser steps as a client takes, each on as many examples as
+  the whole cohort sees in one of its steps: the same steps, and the same number of examples;
+* ``central-small-batch``: as many examples again, in as many steps of a client's batch size as the cohort takes.
 
 Learning rates were chosen on the validation split (``--split validation``); what is reported is the test split.
 Every finished piece is written down at once, so an interrupted run goes on where it stopped. Run as
@@ -274,7 +274,7 @@ def report(document: dict[str, object], out: Path) -> None:
     from matplotlib import pyplot as plt  # noqa: PLC0415
 
     runs = document["runs"]
-    assert isinstance(runs, list)  # noqa: S101
+    assert isinstance(runs, list)
     table = Table("method", "data", "mean accuracy", "min", "max", "seeds", title="WordNet nouns, 24 classes")
     figure, axes = plt.subplots(figsize=(7, 4.5))
     for color, key in enumerate(dict.fromkeys((run["piece"], run["data"]) for run in runs)):

@@ -106,7 +106,7 @@ def _new_lines(log: Path) -> Iterator[list[str]]:
 
 
 def start_trainers(supervisor: Supervisor, clients: Sequence[JoinSettings]) -> list[Path]:
-    """Start the trainers of this machine's clients and return their sockets, in a new folder that only the user can enter."""
+    """Start the trainers of this machine's clients and return their sockets, in a new folder of the user's own."""
     folder = Path(tempfile.mkdtemp(prefix="pomona-", dir="/tmp"))
     sockets = [folder / str(number) for number, _ in enumerate(clients)]
     specs = [

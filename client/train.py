@@ -59,6 +59,7 @@ def train_locally(
             {"params": heads, "lr": training.head_learning_rate},
         ],
         weight_decay=training.weight_decay,
+        fused=True,
     )
     generator = np.random.default_rng(batch_seed)
     losses: list[float] = []

@@ -93,7 +93,7 @@ def run_demo(
 
                 run = follow(registry, run_id, alive=alive, show=show)
         reference = registry.rounds(run_id)[-1].version
-        assert reference is not None  # noqa: S101 - a finished run has published every round
+        assert reference is not None
         registry.set_alias(reference.adapter, "champion", reference.number)
         export = export_peft(registry, reference.ref, home / "exports" / reference.ref.replace("/", "-"))
         say(f"loading {export} with plain peft in another process")

@@ -41,8 +41,8 @@ def score(base: str, adapter: str, data: Path, *, max_length: int) -> float:
 
 
 if __name__ == "__main__":
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     _, base_folder, adapter_folder, data_file, length = sys.argv
     accuracy = score(base_folder, adapter_folder, Path(data_file), max_length=int(length))
     print(json.dumps({"accuracy": accuracy}))

@@ -4,8 +4,8 @@ With global adapter ``G``, weights ``p_k = n_k / sum n``, scales ``s_k`` and upd
 
     G' = truncate(G + sum_k p_k s_k B_k A_k)
 
-The sum is exact, by stacking; the truncation to ``max_rank`` is optimal, and what it loses is reported. Updates are taken
-one by one as they come: each is checked, then recorded, before it counts.
+The sum is exact, by stacking; the truncation to ``max_rank`` is optimal, and what it loses is reported. Updates are
+taken one by one as they come: each is checked, then recorded, before it counts.
 """
 
 import logging
@@ -159,9 +159,9 @@ class BoundedFlora(Strategy):
         for reply in replies:
             self.receive(names.get(reply.metadata.src_node_id, f"node-{reply.metadata.src_node_id}"), reply)
         aggregate = self.close()
-        metrics = {"train_loss": aggregate.train_loss, "clients": len(aggregate.client_weights)}
+        metrics = MetricRecord({"train_loss": aggregate.train_loss, "clients": len(aggregate.client_weights)})
         content = pack("global", "{}", encode_weights(aggregate.weights))
-        return content.array_records["tensors"], MetricRecord(metrics)
+        return content.array_records["tensors"], metrics
 
     def close(self) -> Aggregate:
         """Aggregate what was accepted; a function of the set of updates, not of their order.

@@ -66,8 +66,8 @@ def weight_files(path: Path) -> list[Path]:
 def base_model_sha256(path: Path) -> str:
     """Return the identity of a base model: the SHA-256 of its weights.
 
-    One file: the file's own hash, as ``sha256sum`` prints it. Several: the hash of the lines that ``sha256sum *.safetensors``
-    prints.
+    One file: the file's own hash, as ``sha256sum`` prints it. Several: the hash of the lines that
+    ``sha256sum *.safetensors`` prints.
     """
     digests = [(file.name, _file_sha256(file, file.stat().st_mtime_ns)) for file in weight_files(path)]
     if len(digests) == 1:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 _POOL_BATCHES = 8
 _IGNORED = -100  # transformers' label for a position that carries no loss
@@ -35,16 +36,12 @@ class Encoded:
 
 
 def encode(
-    texts: Sequence[str],
-    targets: Sequence[int],
-    *,
-    tokenizer: Any,
-    max_length: int,  # noqa: ANN401 - untyped in transformers
+    texts: Sequence[str], targets: Sequence[int], *, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> Encoded:
     """Tokenise texts, cut at ``max_length`` tokens."""
     ids = tokenizer(list(texts), truncation=True, max_length=max_length, return_attention_mask=False)["input_ids"]
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return Encoded(tuple(tuple(row) for row in ids), tuple(targets), int(pad or 0))
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(i, int)), 0)
+    return Encoded(tuple(tuple(row) for row in ids), tuple(targets), pad)
 
 
 def batches(data: Encoded, *, batch_size: int, generator: np.random.Generator | None) -> Iterator[dict[str, Tensor]]:

@@ -80,7 +80,8 @@ class AdaptedModel:
         )
         self._peft: PeftModel | None = None
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._model.requires_grad_(requires_grad=False).eval().to(self._device)
+        self._model.requires_grad_(False)
+        self._model.train(False).to(self._device)
 
     def encode(self, texts: Sequence[str], labels: Sequence[str], *, max_length: int) -> Encoded:
         """Tokenise examples; labels must be among the model's."""
@@ -135,25 +136,21 @@ class AdaptedModel:
     def detach(self) -> None:
         """Remove all adapters; the base model is as it was loaded."""
         if self._peft is not None:
-            self._model = self._peft.unload()  # type: ignore[no-untyped-call, operator]
+            self._model = self._peft.unload()
             self._peft = None
 
     def parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Return the trainable LoRA factors and the trainable head parameters."""
-        lora = [
-            parameter
-            for _, layer in self._lora_layers()
-            for parameter in (layer.lora_A[_LOCAL].weight, layer.lora_B[_LOCAL].weight)
-        ]
+        lora = [parameter for _, layer in self._lora_layers() for parameter in _factors(layer, _LOCAL)]
         named = dict(self._model.named_parameters())
         return lora, [named[name] for name in self._head_names]
 
     def local_weights(self) -> AdapterWeights:
         """Return copies of the fresh adapter's factors, unscaled, and of the heads, float32 on the CPU."""
-        layers = {
-            name: LoraFactors(a=_copy(layer.lora_A[_LOCAL].weight), b=_copy(layer.lora_B[_LOCAL].weight))
-            for name, layer in self._lora_layers()
-        }
+        layers = {}
+        for name, layer in self._lora_layers():
+            a, b = _factors(layer, _LOCAL)
+            layers[name] = LoraFactors(a=_copy(a), b=_copy(b))
         named = dict(self._model.named_parameters())
         return AdapterWeights(layers=layers, heads={name: _copy(named[name]) for name in self._head_names})
 
@@ -193,7 +190,9 @@ class AdaptedModel:
 
     def encoder(self) -> nn.Module:
         """Return the base model without its heads, with what is attached to it."""
-        return self._model.base_model
+        encoder = self._model.base_model
+        assert isinstance(encoder, nn.Module)
+        return encoder
 
     def base_digest(self) -> str:
         """Return a hash of the base model's weights as they are in memory, heads left out."""
@@ -216,7 +215,7 @@ class AdaptedModel:
             init_lora_weights=False,
         )
         if self._peft is None:
-            self._peft = get_peft_model(self._model, config, adapter_name=name)  # type: ignore[assignment]
+            self._peft = get_peft_model(self._model, config, adapter_name=name)
         else:
             self._peft.add_adapter(name, config)
 
@@ -229,7 +228,7 @@ class AdaptedModel:
         named = dict(self._model.named_parameters())
         for name in self._head_names:
             named[name].data.copy_(weights.heads[name])
-            named[name].requires_grad_(requires_grad=trainable)
+            named[name].requires_grad_(trainable)
 
 
 def fresh_a(module: str, rank: int, in_features: int, *, seed: int) -> Tensor:
@@ -243,8 +242,8 @@ def fresh_a(module: str, rank: int, in_features: int, *, seed: int) -> Tensor:
 
 
 def _load(path: Path, task: Task, num_labels: int) -> tuple[PreTrainedModel, Any]:
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     loader: Any = AutoModelForCausalLM if task == "causal-lm" else AutoModelForSequenceClassification
     options = {} if task == "causal-lm" else {"num_labels": num_labels}
     try:
@@ -270,12 +269,13 @@ def _head_parameters(model: PreTrainedModel) -> list[str]:
 
 
 def _linear_layers(model: PreTrainedModel, wanted: Sequence[str], heads: Sequence[str]) -> dict[str, tuple[int, int]]:
+    outputs = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     found = {
         name: (module.out_features, module.in_features)
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
         and f"{name}.weight" not in heads
-        and module is not model.get_output_embeddings()
+        and module is not outputs
         and (not wanted or name.rsplit(".", 1)[-1] in wanted)
     }
     if not found:
@@ -288,31 +288,36 @@ def _linear_layers(model: PreTrainedModel, wanted: Sequence[str], heads: Sequenc
 
 def _fill(layer: LoraLayer, name: str, factors: LoraFactors | None, *, seed: int) -> None:
     if _LOCAL in layer.lora_A:
-        a, b = layer.lora_A[_LOCAL].weight, layer.lora_B[_LOCAL].weight
+        a, b = _factors(layer, _LOCAL)
         a.data.copy_(fresh_a(name, a.shape[0], a.shape[1], seed=seed))
         b.data.zero_()
-        a.requires_grad_(requires_grad=True)
-        b.requires_grad_(requires_grad=True)
+        a.requires_grad_(True)
+        b.requires_grad_(True)
     if _GLOBAL in layer.lora_A:
-        a, b = layer.lora_A[_GLOBAL].weight, layer.lora_B[_GLOBAL].weight
+        a, b = _factors(layer, _GLOBAL)
         a.data.zero_()
         b.data.zero_()
-        a.requires_grad_(requires_grad=False)
-        b.requires_grad_(requires_grad=False)
+        a.requires_grad_(False)
+        b.requires_grad_(False)
         if factors is not None:
             a.data[: factors.rank].copy_(factors.a * factors.scale)
             b.data[:, : factors.rank].copy_(factors.b)
 
 
+def _factors(layer: LoraLayer, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
+    a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    assert isinstance(a, nn.Parameter)
+    assert isinstance(b, nn.Parameter)
+    return a, b
+
+
 def _fused_forward(layer: LoraLayer, x: Tensor, *_args: object, **_options: object) -> Tensor:
     base = layer.get_base_layer()
-    adapters = [
-        (layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name]))
-        for name in (_LOCAL, _GLOBAL)
-        if name in layer.lora_A
-    ]
-    frozen = adapters[1][:2] if len(adapters) > 1 else None
-    return lora_linear(x, base.weight, base.bias, adapters[0], frozen)
+    assert isinstance(base, nn.Linear)
+    present = [name for name in (_LOCAL, _GLOBAL) if name in layer.lora_A]
+    trainable = (*_factors(layer, present[0]), float(layer.scaling[present[0]]))
+    frozen = _factors(layer, present[1]) if len(present) > 1 else None
+    return lora_linear(x, base.weight, base.bias, trainable, frozen)
 
 
 def _check_fits(weights: AdapterWeights, manifest: AdapterManifest) -> None:

@@ -225,7 +225,7 @@ ONE = {"lora_A.x": torch.ones(2, 3), "lora_B.x": torch.ones(4, 2)}
         (save(ONE), {"task": ["classification"]}, ConfigError),
     ],
 )
-def test_what_peft_could_not_load_is_not_written(  # noqa: PLR0917
+def test_what_peft_could_not_load_is_not_written(
     registry: Registry,
     publish_payload: Callable[..., Version],
     tmp_path: Path,

@@ -1,4 +1,4 @@
-"""The command line: parses, calls a room, prints. What takes long to import is imported by the command that needs it."""
+"""The command line: parses, calls a room, prints. A command imports by itself what takes long to import."""
 
 from typing import Annotated
 
