@@ -7,6 +7,7 @@ Dropout is off throughout: on a CPU it costs more than it brings to an adapter t
 
 import hashlib
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -215,7 +216,9 @@ class AdaptedModel:
             init_lora_weights=False,
         )
         if self._peft is None:
-            self._peft = get_peft_model(self._model, config, adapter_name=name)
+            with warnings.catch_warnings():  # peft reads a property that transformers 5 has renamed
+                warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+                self._peft = get_peft_model(self._model, config, adapter_name=name)
         else:
             self._peft.add_adapter(name, config)
 

@@ -1,0 +1,134 @@
+"""Tiny base models and a data set that they can learn, made here: no hub, no download."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+from pomona.client.trainer import Profile
+from pomona.datasets import load_dataset
+
+torch.set_num_threads(1)
+transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+KEYWORDS = {
+    "animal": ("cat", "dog", "horse", "sheep", "wolf", "otter", "eagle", "salmon"),
+    "food": ("bread", "cheese", "soup", "apple", "honey", "rice", "pepper", "butter"),
+    "tool": ("hammer", "saw", "drill", "wrench", "chisel", "pliers", "rake", "shovel"),
+    "weather": ("rain", "snow", "storm", "fog", "hail", "frost", "breeze", "thunder"),
+}
+FILLERS = ("the", "a", "old", "new", "small", "near", "some", "very", "and", "with", "this", "that")
+SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+ROWS_PER_CLASS = {"train": 24, "validation": 12}
+
+MakeProfile = Callable[..., Profile]
+
+
+def _words() -> list[str]:
+    return [*SPECIALS, *FILLERS, *(word for words in KEYWORDS.values() for word in words)]
+
+
+def _save_tokenizer(folder: Path, *, frame: bool) -> int:
+    """Write a tokenizer that knows whole words, and return the size of its vocabulary."""
+    vocabulary = {word: i for i, word in enumerate(_words())}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    if frame:
+        tokenizer.post_processor = TemplateProcessing(
+            single="[CLS] $A [SEP]",
+            special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])],
+        )
+    PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    ).save_pretrained(folder)
+    return len(vocabulary)
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT encoder of random weights, in which the keywords of a class have like embeddings, as if pretrained."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-bert"
+    config = BertConfig(
+        vocab_size=_save_tokenizer(folder, frame=True),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=32,
+        initializer_range=0.3,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(11)
+        model = BertModel(config)
+        embeddings = model.embeddings.word_embeddings.weight.data
+        embeddings.mul_(0.3)
+        model.embeddings.position_embeddings.weight.data.mul_(0.1)
+        for i, words in enumerate(KEYWORDS.values()):
+            embeddings[[_words().index(word) for word in words], i] += 3.0
+        model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A causal language model of random weights, with fewer key heads than query heads."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    config = LlamaConfig(
+        vocab_size=_save_tokenizer(folder, frame=False),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=24,
+        max_position_embeddings=32,
+        initializer_range=0.2,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=3,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(12)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CSV file of four classes that one keyword decides; ``split`` says which rows are held out."""
+    chooser = random.Random(5)
+    lines = ["text,label,split"]
+    for split, count in ROWS_PER_CLASS.items():
+        for i in range(count):
+            for label, words in KEYWORDS.items():
+                fillers = chooser.sample(FILLERS, chooser.randint(1, 7))
+                text = [*fillers, words[i % len(words)], chooser.choice(words)]
+                chooser.shuffle(text)
+                lines.append(f"{' '.join(text)},{label},{split}")
+    path = tmp_path_factory.mktemp("data") / "toy.csv"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def make_profile(tiny_bert: Path, toy_data: Path) -> MakeProfile:
+    """Return a maker of clients: number ``i`` of ``count`` trains on every ``count``-th row."""
+
+    def make(number: int = 0, *, count: int = 1, name: str = "", rank: int = 4, model: Path | None = None) -> Profile:
+        return Profile(
+            name=name or f"client-{number}",
+            rank=rank,
+            load_data=lambda task: (
+                (data := load_dataset(toy_data, split="train", task=task)).subset(range(number, len(data), count))  # type: ignore[arg-type]
+            ),
+            model_folder=str(model or tiny_bert),
+        )
+
+    return make

@@ -1,0 +1,138 @@
+"""Real processes on loopback: helpers to start the command line, wait for it, and see that nothing is left of it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+
+POMONA = str(Path(sys.executable).parent / "pomona")
+MARK = "POMONA_TEST_MARK"
+
+
+@dataclass(slots=True)
+class Terminal:
+    """Starts commands whose whole process tree carries a mark in its environment."""
+
+    mark: str
+    folder: Path
+    running: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def start(self, name: str, *arguments: str) -> subprocess.Popen[bytes]:
+        """Start ``pomona`` in the background; what it prints goes to ``<name>.txt``."""
+        with self.output(name).open("wb") as out:
+            process = subprocess.Popen(
+                [POMONA, *arguments], stdout=out, stderr=subprocess.STDOUT, env=self._environment(), cwd=self.folder
+            )
+        self.running.append(process)
+        return process
+
+    def run(self, *arguments: str, timeout_s: float = 240.0) -> subprocess.CompletedProcess[str]:
+        """Run ``pomona`` to its end."""
+        return subprocess.run(
+            [POMONA, *arguments],
+            env=self._environment(),
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+
+    def output(self, name: str) -> Path:
+        """Return the file that a background command prints to."""
+        return self.folder / f"{name}.txt"
+
+    def wait_for_text(self, name: str, text: str, *, timeout_s: float = 60.0) -> str:
+        """Wait until a background command has printed a text, and return all that it printed."""
+        wait_until(lambda: text in self.output(name).read_text(), what=f"{text!r} from {name}", timeout_s=timeout_s)
+        return self.output(name).read_text()
+
+    def processes(self) -> list[psutil.Process]:
+        """Return every living process that carries the mark, whoever its parent is."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    def expect_no_process(self, *, timeout_s: float = 30.0) -> None:
+        """Fail unless all marked processes are gone in time."""
+        wait_until(lambda: not self.processes(), what=f"the end of {self.describe()}", timeout_s=timeout_s)
+
+    def describe(self) -> list[str]:
+        """Return the command lines of what still lives."""
+        return [" ".join(process.cmdline())[:120] for process in self.processes()]
+
+    def _environment(self) -> dict[str, str]:
+        return {**os.environ, MARK: self.mark, "NO_COLOR": "1", "COLUMNS": "200"}
+
+
+def wait_until(condition: Callable[[], bool], *, what: str, timeout_s: float) -> None:
+    """Wait for a condition, or fail and name it."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            pytest.fail(f"waited {timeout_s} s in vain for {what}")
+        time.sleep(0.2)
+
+
+@pytest.fixture
+def terminal(tmp_path: Path) -> Iterator[Terminal]:
+    """A terminal; whatever it started is killed at the end."""
+    made = Terminal(mark=tmp_path.as_posix(), folder=tmp_path)
+    yield made
+    for process in made.processes():
+        process.kill()
+    for each in made.running:
+        each.wait()
+
+
+def last_json(text: str) -> dict[str, object]:
+    """Return the JSON object on the last line of an output."""
+    document = json.loads(text.strip().splitlines()[-1])
+    assert isinstance(document, dict)
+    return document
+
+
+def stop(process: subprocess.Popen[bytes], *, kind: signal.Signals = signal.SIGINT, timeout_s: float = 30.0) -> int:
+    """Send a signal and return the exit code."""
+    process.send_signal(kind)
+    return process.wait(timeout=timeout_s)
+
+
+def write_rows(path: Path, source: Path, *, part: int, of: int) -> Path:
+    """Write every ``of``-th training row of a CSV file."""
+    header, *rows = source.read_text().splitlines()
+    chosen = [row for row in rows if row.endswith(",train")][part::of]
+    path.write_text("\n".join([header, *chosen]) + "\n")
+    return path
+
+
+def write_run_file(path: Path, *, model: Path, data: Path, lines: Sequence[str] = ()) -> Path:
+    """Write a run file for the tiny model."""
+    path.write_text(
+        "\n".join(
+            [
+                'name = "toy"',
+                "rounds = 2",
+                *[line for line in lines if not line.startswith("[")],
+                f'[model]\nbase = "{model}"\nmax_length = 32',
+                f'[data]\nsource = "{data}"',
+                "[training]\nbatch_size = 8\nlearning_rate = 5e-3\nhead_learning_rate = 5e-2",
+                *[line for line in lines if line.startswith("[")],
+            ]
+        )
+        + "\n"
+    )
+    return path

@@ -1,0 +1,75 @@
+"""The main job as a newcomer runs it, measured."""
+
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.integration.conftest import Terminal, last_json, wait_until
+
+pytestmark = pytest.mark.timeout(420)
+
+WALL_LIMIT_S = 120.0
+MEMORY_LIMIT_BYTES = 5e9
+
+
+def _memory(terminal: Terminal) -> int:
+    total = 0
+    for process in terminal.processes():
+        try:
+            total += process.memory_full_info().pss
+        except psutil.Error:
+            continue
+    return total
+
+
+def test_the_demo_trains_exports_and_cleans_up(terminal: Terminal, tmp_path: Path) -> None:
+    process = terminal.start("demo", "demo", "--json", "--home", str(tmp_path / "home"))
+    peak = 0
+    while process.poll() is None:
+        peak = max(peak, _memory(terminal))
+        time.sleep(3)
+    assert process.returncode == 0, terminal.output("demo").read_text()
+    found = last_json(terminal.output("demo").read_text())
+    rounds = found["accuracy_rounds"]
+    assert isinstance(rounds, list)
+    assert len(rounds) == found["rounds"] == 3
+    assert rounds[-1] > found["accuracy_initial"] + 0.2  # type: ignore[operator]
+    assert found["accuracy_exported"] == rounds[-1]
+    assert found["adapter"] == "demo/3"
+    assert [client["rank"] for client in found["clients"]] == [4, 8, 16, 32]  # type: ignore[attr-defined]
+    assert (Path(str(found["export_dir"])) / "adapter_model.safetensors").is_file()
+    assert float(str(found["wall_s"])) < WALL_LIMIT_S
+    assert 0 < peak < MEMORY_LIMIT_BYTES
+    terminal.expect_no_process()
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_demo_leaves_no_process(terminal: Terminal, tmp_path: Path, kind: signal.Signals) -> None:
+    process = terminal.start("demo", "demo", "--home", str(tmp_path / "home"))
+    wait_until(lambda: len(terminal.processes()) >= 10, what="all processes of the demo", timeout_s=60)
+    process.send_signal(kind)
+    assert process.wait(timeout=30) == 130
+    terminal.expect_no_process()
+
+
+def test_a_killed_demo_leaves_no_process(terminal: Terminal, tmp_path: Path) -> None:
+    process = terminal.start("demo", "demo", "--home", str(tmp_path / "home"))
+    wait_until(lambda: len(terminal.processes()) >= 10, what="all processes of the demo", timeout_s=60)
+    process.kill()
+    process.wait()
+    terminal.expect_no_process()
+
+
+@pytest.mark.parametrize("victim", ["flower-superlink", "client-2", "pomona.client.daemon"])
+def test_when_one_process_dies_the_others_are_ended(terminal: Terminal, tmp_path: Path, victim: str) -> None:
+    process = terminal.start("demo", "demo", "--json", "--home", str(tmp_path / "home"))
+    wait_until(lambda: len(terminal.processes()) >= 10, what="all processes of the demo", timeout_s=60)
+    matching = [p for p in terminal.processes() if victim in " ".join(p.cmdline()) and "flower-superexec" not in p.name()]
+    # the trainer of all clients has children with its own command line: the oldest is their parent
+    min(matching, key=lambda each: each.create_time()).kill()
+    assert process.wait(timeout=60) == 22
+    assert last_json(terminal.output("demo").read_text())["error"]["type"] == "ProcessDied"  # type: ignore[index]
+    terminal.expect_no_process()

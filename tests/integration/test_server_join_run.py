@@ -1,0 +1,182 @@
+"""The three commands of a real federation, as separate processes, and what goes wrong with them."""
+
+import json
+import signal
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from pomona.processes import free_ports
+from tests.integration.conftest import Terminal, last_json, stop, wait_until, write_rows, write_run_file
+
+pytestmark = pytest.mark.timeout(400)
+
+
+def _serve(terminal: Terminal, home: Path, *more: str) -> tuple[subprocess.Popen[bytes], str]:
+    (port,) = free_ports(1)
+    server = terminal.start("server", "server", "--home", str(home), "--port", str(port), *(more or ("--insecure",)))
+    terminal.wait_for_text("server", "listening on")
+    return server, f"127.0.0.1:{port}"
+
+
+def _join(terminal: Terminal, address: str, name: str, data: Path, model: Path, *more: str) -> subprocess.Popen[bytes]:
+    arguments = ["--server", address, "--rank", "4", "--data", str(data), "--name", name, "--model", str(model)]
+    return terminal.start(name, "join", *arguments, *(more or ("--insecure",)))
+
+
+def test_server_join_and_run(terminal: Terminal, tmp_path: Path, tiny_bert: Path, toy_data: Path) -> None:
+    home = tmp_path / "home"
+    server, address = _serve(terminal, home)
+    clients = [
+        _join(terminal, address, f"site-{i}", write_rows(tmp_path / f"{i}.csv", toy_data, part=i, of=2), tiny_bert)
+        for i in range(2)
+    ]
+    run_file = write_run_file(tmp_path / "run.toml", model=tiny_bert, data=toy_data, lines=["[cohort]\nmin_clients = 2"])
+    done = terminal.run("run", str(run_file), "--home", str(home), "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = last_json(done.stdout)
+    assert found["adapter"] == "toy/2"
+    assert [client["name"] for client in found["clients"]] == ["site-0", "site-1"]  # type: ignore[attr-defined]
+    assert "round 2" in terminal.output("site-0").read_text()
+
+    lineage = json.loads(terminal.run("registry", "lineage", "toy/2", "--home", str(home), "--json").stdout)
+    assert "toy/1" in json.dumps(lineage)
+
+    again = terminal.run("run", str(run_file), "--home", str(home), "--json")
+    assert last_json(again.stdout)["adapter"] == "toy/4", "the same clients serve a second run"
+
+    assert [stop(client, kind=signal.SIGTERM) for client in clients] == [0, 0]
+    assert stop(server) == 0
+    terminal.expect_no_process()
+
+
+def test_a_run_ends_with_an_error_when_all_clients_die(
+    terminal: Terminal, tmp_path: Path, tiny_bert: Path, toy_data: Path
+) -> None:
+    home = tmp_path / "home"
+    server, address = _serve(terminal, home)
+    client = _join(terminal, address, "only", write_rows(tmp_path / "0.csv", toy_data, part=0, of=1), tiny_bert)
+    lines = ["rounds = 500", "[cohort]\nround_deadline_s = 20\njoin_timeout_s = 60"]
+    run_file = write_run_file(tmp_path / "run.toml", model=tiny_bert, data=toy_data)
+    run_file.write_text(run_file.read_text().replace("rounds = 2", lines[0]) + lines[1] + "\n")
+    run = terminal.start("run", "run", str(run_file), "--home", str(home), "--json")
+    terminal.wait_for_text("only", "round 1", timeout_s=90)
+    stop(client, kind=signal.SIGKILL)
+    assert run.wait(timeout=150) == 31
+    error = last_json(terminal.output("run").read_text())["error"]
+    assert error["type"] == "NotEnoughClients"  # type: ignore[index]
+    runs = json.loads(terminal.run("registry", "runs", "--home", str(home), "--json").stdout)
+    assert [each["state"] for each in runs] == ["failed"]
+    assert stop(server) == 0
+    terminal.expect_no_process()
+
+
+def test_tls_with_a_private_authority(terminal: Terminal, tmp_path: Path, tiny_bert: Path, toy_data: Path) -> None:
+    home, certificates = tmp_path / "home", _certificates(tmp_path)
+    ca = str(certificates / "ca.pem")
+    tls = ("--ssl-ca-certfile", ca, "--ssl-certfile", str(certificates / "server.pem"))
+    server, address = _serve(terminal, home, *tls, "--ssl-keyfile", str(certificates / "server.key"))
+    data = write_rows(tmp_path / "0.csv", toy_data, part=0, of=1)
+    client = _join(terminal, address, "secure", data, tiny_bert, "--root-certificates", ca)
+    run_file = write_run_file(tmp_path / "run.toml", model=tiny_bert, data=toy_data)
+    done = terminal.run("run", str(run_file), "--home", str(home), "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    stop(client)
+    stop(server)
+    terminal.expect_no_process()
+
+
+def test_a_port_in_use_is_named(terminal: Terminal, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        done = terminal.run("server", "--home", str(tmp_path / "home"), "--port", port, "--insecure")
+    assert done.returncode == 21
+    assert port in done.stderr
+
+
+def test_two_servers_on_one_registry_are_refused(terminal: Terminal, tmp_path: Path) -> None:
+    server, _ = _serve(terminal, tmp_path / "home")
+    done = terminal.run("server", "--home", str(tmp_path / "home"), "--port", "0", "--insecure")
+    assert done.returncode == 20
+    assert "already" in done.stderr
+    stop(server)
+
+
+def test_a_server_without_tls_must_be_asked_for(terminal: Terminal, tmp_path: Path) -> None:
+    done = terminal.run("server", "--home", str(tmp_path / "home"), "--port", "0")
+    assert done.returncode == 3
+    assert "--insecure" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "said"),
+    [
+        ({"--rank": "0"}, 3, "rank of at least 1"),
+        ({"--rank": "-3"}, 3, "rank of at least 1"),
+        ({"--name": "a b"}, 3, "name of letters"),
+        ({"--server": "nowhere"}, 3, "HOST:PORT"),
+        ({"--data": "missing.csv"}, 4, "missing.csv"),
+        ({"--data": "empty.csv"}, 4, "empty"),
+        ({"--data": "broken.jsonl"}, 4, "line 1"),
+    ],
+)
+def test_a_client_that_cannot_join_says_why_at_once(
+    terminal: Terminal, tmp_path: Path, change: dict[str, str], code: int, said: str
+) -> None:
+    (tmp_path / "good.csv").write_text("text,label\nx,a\n")
+    (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "broken.jsonl").write_text("{not json\n")
+    options = {"--server": "127.0.0.1:1", "--rank": "4", "--data": "good.csv", "--name": "n", **change}
+    done = terminal.run("join", "--insecure", *(word for pair in options.items() for word in pair))
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr
+
+
+def test_a_client_with_bad_data_or_rank_is_left_out_with_its_reason(
+    terminal: Terminal, tmp_path: Path, tiny_bert: Path, toy_data: Path
+) -> None:
+    home = tmp_path / "home"
+    server, address = _serve(terminal, home)
+    good = write_rows(tmp_path / "good.csv", toy_data, part=0, of=1)
+    strange = tmp_path / "strange.csv"
+    strange.write_text("text,label\nthe cat,dinosaur\n")
+    clients = [
+        _join(terminal, address, "good", good, tiny_bert),
+        _join(terminal, address, "strange", strange, tiny_bert),
+    ]
+    wait_until(lambda: len(terminal.processes()) >= 8, what="both clients", timeout_s=60)
+    lines = ["[cohort]\nmin_clients = 2\njoin_timeout_s = 45"]
+    run_file = write_run_file(tmp_path / "run.toml", model=tiny_bert, data=toy_data, lines=lines)
+    done = terminal.run("run", str(run_file), "--home", str(home), "--json")
+    assert done.returncode == 31, done.stdout + done.stderr
+    message = last_json(done.stdout)["error"]["message"]  # type: ignore[index]
+    assert "strange" in message
+    assert "dinosaur" in message
+    for client in clients:
+        stop(client)
+    stop(server)
+
+
+def test_run_without_a_server_or_with_a_bad_file(terminal: Terminal, tmp_path: Path) -> None:
+    (tmp_path / "bad.toml").write_text('name = "x"\nbogus = 1\n')
+    (tmp_path / "good.toml").write_text('name = "x"\n')
+    assert terminal.run("run", "bad.toml", "--home", str(tmp_path / "home")).returncode == 3
+    done = terminal.run("run", "good.toml", "--home", str(tmp_path / "home"))
+    assert done.returncode == 22
+    assert "pomona server" in done.stderr
+
+
+def _certificates(folder: Path) -> Path:
+    openssl = [
+        "req -x509 -newkey rsa:2048 -sha256 -days 2 -nodes -keyout ca.key -out ca.pem -subj /CN=test-ca",
+        "req -new -newkey rsa:2048 -nodes -keyout server.key -out server.csr -subj /CN=localhost",
+        "x509 -req -in server.csr -CA ca.pem -CAkey ca.key -CAcreateserial -out server.pem -days 2 -extfile san.cnf",
+    ]
+    (folder / "san.cnf").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1\nbasicConstraints=CA:FALSE\n")
+    for command in openssl:
+        subprocess.run(["openssl", *command.split()], cwd=folder, check=True, capture_output=True)
+    return folder

@@ -1,0 +1,50 @@
+"""Hundreds of simulated clients on Flower's simulation runtime, and that nothing of it is left."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.integration.conftest import Terminal, last_json, write_run_file
+
+pytestmark = pytest.mark.timeout(600)
+
+CLIENTS = 200
+
+
+@pytest.fixture
+def many_rows(tmp_path: Path, toy_data: Path) -> Path:
+    """Three training rows for each client."""
+    header, *rows = toy_data.read_text().splitlines()
+    train = [row for row in rows if row.endswith(",train")]
+    held_out = [row for row in rows if row.endswith(",validation")]
+    path = tmp_path / "many.csv"
+    path.write_text("\n".join([header, *(train[i % len(train)] for i in range(3 * CLIENTS)), *held_out]) + "\n")
+    return path
+
+
+def test_two_hundred_clients(terminal: Terminal, tmp_path: Path, tiny_bert: Path, many_rows: Path) -> None:
+    lines = ["[simulation]\nranks = [2, 4, 8]", '[aggregation]\nmax_rank = 16']
+    run_file = write_run_file(tmp_path / "run.toml", model=tiny_bert, data=many_rows, lines=lines)
+    home = tmp_path / "home"
+    done = terminal.run(
+        "simulate", str(run_file), "--clients", str(CLIENTS), "--home", str(home), "--json", timeout_s=500
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    found = last_json(done.stdout)
+    clients = found["clients"]
+    assert isinstance(clients, list)
+    assert len(clients) == CLIENTS
+    assert {client["rank"] for client in clients} == {2, 4, 8}
+    assert sum(client["examples"] for client in clients) == 3 * CLIENTS
+    assert found["accuracy_rounds"][-1] > found["accuracy_initial"]  # type: ignore[index]
+    submissions = json.loads(terminal.run("registry", "show", "toy/1", "--home", str(home), "--json").stdout)
+    assert json.dumps(submissions).count('"accepted"') == CLIENTS
+    terminal.expect_no_process()
+
+
+def test_a_cohort_that_cannot_be_met_is_refused(terminal: Terminal, tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text('name = "x"\n[cohort]\nmin_replies = 5\n')
+    done = terminal.run("simulate", "run.toml", "--clients", "3", "--home", str(tmp_path / "home"))
+    assert done.returncode == 3
+    assert "min_replies" in done.stderr
