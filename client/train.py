@@ -1,6 +1,7 @@
 """Local LoRA training on one client: the global adapter stays frozen, a fresh one is trained. Knows no network."""
 
 import hashlib
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 
 from pomona.adapters import AdapterWeights
 from pomona.batches import Encoded, batches
+from pomona.errors import ConfigError
 from pomona.lora_model import AdaptedModel
 from pomona.settings import TrainingSettings
 
@@ -49,6 +51,10 @@ def train_locally(
         training: Epochs, batch size, learning rates, scale.
         adapter_seed: Shared by all clients of the round; decides the fresh A.
         batch_seed: The client's own; decides the order of examples.
+
+    Raises:
+        PayloadError: The global adapter does not fit the model.
+        ConfigError: The loss became NaN or infinite.
     """
     alpha = training.alpha_per_rank * rank
     model.attach(start, rank=rank, alpha=alpha, rslora=training.rslora, seed=adapter_seed)
@@ -72,7 +78,10 @@ def train_locally(
             optimizer.step()
             optimizer.zero_grad()
             losses.append(float(loss.detach()))
-    return Trained(weights=model.local_weights(), loss=float(np.mean(losses)), steps=len(losses))
+    mean = float(np.mean(losses))
+    if not math.isfinite(mean):
+        raise ConfigError(f"training diverged, its mean loss is {mean}; lower the learning rates of the run")
+    return Trained(weights=model.local_weights(), loss=mean, steps=len(losses))
 
 
 def seed_of(*parts: object) -> int:

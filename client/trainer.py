@@ -44,19 +44,19 @@ class Profile:
     model_folder: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class _Prepared:
-    model: AdaptedModel
-    data: Encoded
-
-
 class Trainer:
     """Answers requests; keeps the model and the tokenised data of the last run in memory."""
 
     def __init__(self, profile: Profile) -> None:
-        self.profile = profile
-        self._key: Invitation | None = None
-        self._prepared: _Prepared | None = None
+        self._profile = profile
+        self._model: tuple[Invitation, AdaptedModel] | None = None
+        self._data: tuple[Invitation, Encoded] | None = None
+
+    def become(self, profile: Profile) -> None:
+        """Answer for another client from now on; the model stays, the data go."""
+        if profile.name != self._profile.name:
+            self._data = None
+        self._profile = profile
 
     def answer(self, kind: str, json: str, payload: bytes) -> Answer:
         """Answer one request.
@@ -82,16 +82,16 @@ class Trainer:
             return self._refuse(str(error))
 
     def _refuse(self, reason: str) -> Answer:
-        _log.error("%s: %s", self.profile.name, reason)
-        return "refusal", refusal(self.profile.name, reason).model_dump_json(), b""
+        _log.error("%s: %s", self._profile.name, reason)
+        return "refusal", refusal(self._profile.name, reason).model_dump_json(), b""
 
     def _enrol(self, invitation: Invitation) -> Answer:
-        prepared = self._prepare(invitation)
+        model, data = self._prepare(invitation)
         answer = Enrolled(
-            name=self.profile.name,
-            rank=self.profile.rank,
-            num_examples=len(prepared.data),
-            base_sha256=prepared.model.manifest.base_sha256,
+            name=self._profile.name,
+            rank=self._profile.rank,
+            num_examples=len(data),
+            base_sha256=model.manifest.base_sha256,
             pomona_version=__version__,
         )
         _log.info(
@@ -104,28 +104,28 @@ class Trainer:
         return "enrolled", answer.model_dump_json(), b""
 
     def _train(self, request: TrainRequest, payload: bytes) -> Answer:
-        prepared = self._prepare(request.invitation)
+        model, data = self._prepare(request.invitation)
         start, _ = decode_weights(payload)
         run_id, number = request.invitation.run_id, request.round_number
         trained = train_locally(
-            prepared.model,
-            prepared.data,
+            model,
+            data,
             start=start,
-            rank=self.profile.rank,
+            rank=self._profile.rank,
             training=request.training,
             adapter_seed=seed_of(request.seed, number),
-            batch_seed=seed_of(request.seed, number, self.profile.name),
+            batch_seed=seed_of(request.seed, number, self._profile.name),
         )
         update = AdapterUpdate(
-            client=self.profile.name,
+            client=self._profile.name,
             run_id=run_id,
             round_number=number,
             parent=request.parent,
-            base_sha256=prepared.model.manifest.base_sha256,
-            rank=self.profile.rank,
-            alpha=request.training.alpha_per_rank * self.profile.rank,
+            base_sha256=model.manifest.base_sha256,
+            rank=self._profile.rank,
+            alpha=request.training.alpha_per_rank * self._profile.rank,
             rslora=request.training.rslora,
-            num_examples=len(prepared.data),
+            num_examples=len(data),
             nonce=secrets.token_hex(16),
             weights=trained.weights,
             train_loss=trained.loss,
@@ -133,21 +133,34 @@ class Trainer:
         _log.info("%s: round %d, %d steps, training loss %.3f", update.client, number, trained.steps, trained.loss)
         return "update", "{}", encode_update(update)
 
-    def _prepare(self, invitation: Invitation) -> _Prepared:
-        if self._prepared is None or self._key != invitation:
-            self._prepared = None  # let go of the old model before the next one is loaded
-            self._prepared, self._key = prepare(invitation, self.profile), invitation
-        return self._prepared
+    def _prepare(self, invitation: Invitation) -> tuple[AdaptedModel, Encoded]:
+        """Return the model and the client's data; loaded once per run.
+
+        Raises:
+            ConfigError: The coordinator runs another version, or refuses the client's rank.
+            BaseModelError: The base model is not here, or is another one.
+            DataError: The data are malformed or carry a label that the run does not know.
+        """
+        if self._data is None or self._data[0] != invitation:
+            dataset = _checked_data(invitation, self._profile)
+            model = self._load_model(invitation)
+            encoded = model.encode(dataset.texts, dataset.labels, max_length=invitation.max_length)
+            self._data = invitation, encoded
+        return self._load_model(invitation), self._data[1]
+
+    def _load_model(self, invitation: Invitation) -> AdaptedModel:
+        if self._model is None or self._model[0] != invitation:
+            self._model = None  # let go of the old model before the next one is loaded
+            path = find_base_model(_base(invitation, self._profile))
+            check_base_model(path, expected_sha256=invitation.base_sha256)
+            model = AdaptedModel(
+                path, task=invitation.task, labels=invitation.labels, target_modules=invitation.target_modules
+            )
+            self._model = invitation, model
+        return self._model[1]
 
 
-def prepare(invitation: Invitation, profile: Profile) -> _Prepared:
-    """Load and check the base model and the data of a run.
-
-    Raises:
-        ConfigError: The coordinator runs another version, or refuses the client's rank.
-        BaseModelError: The base model is not here, or is another one.
-        DataError: The data are malformed or carry a label that the run does not know.
-    """
+def _checked_data(invitation: Invitation, profile: Profile) -> Dataset:
     if invitation.pomona_version != __version__:
         raise ConfigError(
             f"the coordinator runs pomona {invitation.pomona_version}, this client {__version__}; install the same"
@@ -156,13 +169,10 @@ def prepare(invitation: Invitation, profile: Profile) -> _Prepared:
         raise ConfigError(
             f"expected a rank of at most max_rank={invitation.max_rank}, got {profile.rank}; join with a lower --rank"
         )
-    path = find_base_model(_base(invitation, profile))
-    check_base_model(path, expected_sha256=invitation.base_sha256)
     dataset = profile.load_data(invitation.task)
     if invitation.task == "classification":
         check_labels(dataset, invitation.labels)
-    model = AdaptedModel(path, task=invitation.task, labels=invitation.labels, target_modules=invitation.target_modules)
-    return _Prepared(model, model.encode(dataset.texts, dataset.labels, max_length=invitation.max_length))
+    return dataset
 
 
 def _base(invitation: Invitation, profile: Profile) -> str:

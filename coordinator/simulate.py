@@ -7,7 +7,6 @@ A Ray worker keeps one base model and uses it for one client after another.
 import logging
 import os
 import threading
-import time
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
@@ -75,7 +74,7 @@ def build_client_app(settings_json: str) -> ClientApp:
         try:
             _, json, payload = unpack(message)
             trainer = _trainer(settings_json, count)
-            trainer.profile = _profile(settings_json, number, count)
+            trainer.become(_profile(settings_json, number, count))
             reply = trainer.answer(message.metadata.message_type, json, payload)
         except PomonaError as error:
             reply = ("refusal", refusal(_name(number), error).model_dump_json(), b"")
@@ -163,4 +162,3 @@ def _watch(registry: Registry, run_id: str, show: Callable[[Run], None], ended: 
     while not ended.is_set():
         show(registry.run(run_id))
         ended.wait(_POLL_S)
-    time.sleep(0)

@@ -125,9 +125,9 @@ def make_profile(tiny_bert: Path, toy_data: Path) -> MakeProfile:
         return Profile(
             name=name or f"client-{number}",
             rank=rank,
-            load_data=lambda task: (
-                (data := load_dataset(toy_data, split="train", task=task)).subset(range(number, len(data), count))  # type: ignore[arg-type]
-            ),
+            load_data=lambda task: (data := load_dataset(toy_data, split="train", task=task)).subset(
+                range(number, len(data), count)
+            ),  # type: ignore[arg-type]
             model_folder=str(model or tiny_bert),
         )
 

@@ -9,7 +9,7 @@ import hashlib
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MethodType
 from typing import Any, Literal
@@ -28,8 +28,8 @@ from transformers.utils import logging as transformers_logging
 
 from pomona.adapters import AdapterWeights, LoraFactors
 from pomona.base_model import base_model_sha256
-from pomona.batches import Encoded, batches, encode
-from pomona.errors import BaseModelError, PayloadError
+from pomona.batches import Encoded, batches, collate, encode
+from pomona.errors import BaseModelError, DataError, PayloadError
 from pomona.kernels.lora_linear import lora_linear
 from pomona.manifest import AdapterManifest
 
@@ -85,9 +85,26 @@ class AdaptedModel:
         self._model.train(False).to(self._device)
 
     def encode(self, texts: Sequence[str], labels: Sequence[str], *, max_length: int) -> Encoded:
-        """Tokenise examples; labels must be among the model's."""
+        """Tokenise examples; labels must be among the model's.
+
+        A causal language model learns nothing from a text of one token, so such texts are left out.
+
+        Raises:
+            BaseModelError: The model has fewer than ``max_length`` positions.
+            DataError: No text has a next token.
+        """
+        positions = getattr(self._model.config, "max_position_embeddings", max_length)
+        if max_length > positions:
+            raise BaseModelError(
+                f"the base model takes at most {positions} tokens, got max_length={max_length}; lower model.max_length"
+            )
         targets = [] if self._task == "causal-lm" else [self._labels[label] for label in labels]
-        return encode(texts, targets, tokenizer=self.tokenizer, max_length=max_length)
+        encoded = encode(texts, targets, tokenizer=self.tokenizer, max_length=max_length)
+        if self._task == "causal-lm":
+            encoded = replace(encoded, tokens=tuple(row for row in encoded.tokens if len(row) > 1))
+            if not encoded.tokens:
+                raise DataError(f"expected a text of at least 2 tokens, got {len(texts)} texts of fewer")
+        return encoded
 
     def initial_heads(self, *, seed: int) -> dict[str, Tensor]:
         """Return the heads that a run starts from: weights N(0, 0.02^2), biases zero."""
@@ -177,17 +194,8 @@ class AdaptedModel:
     @torch.inference_mode()
     def logits(self, data: Encoded) -> Tensor:
         """Return the outputs for each example of a classification set in order, ``(examples, classes)``."""
-        return (
-            torch.cat(
-                [
-                    self._forward(batch).logits.float().cpu()
-                    for i in range(0, len(data), _SCORE_BATCH)
-                    for batch in batches(_slice(data, i), batch_size=1, generator=None)
-                ]
-            )
-            if len(data)
-            else torch.zeros(0)
-        )
+        outputs = [self._forward(collate(data, [i])).logits.float().cpu() for i in range(len(data))]
+        return torch.cat(outputs) if outputs else torch.zeros(0)
 
     def encoder(self) -> nn.Module:
         """Return the base model without its heads, with what is attached to it."""
@@ -281,9 +289,10 @@ def _linear_layers(model: PreTrainedModel, wanted: Sequence[str], heads: Sequenc
         and module is not outputs
         and (not wanted or name.rsplit(".", 1)[-1] in wanted)
     }
-    if not found:
+    unknown = sorted(set(wanted) - {name.rsplit(".", 1)[-1] for name in found})
+    if unknown or not found:
         raise BaseModelError(
-            f"no linear layer of the base model is called {', '.join(wanted) or 'anything'}; "
+            f"no linear layer of the base model is called {', '.join(unknown) or 'anything'}; "
             "set model.target_modules to names that it has"
         )
     return found
@@ -342,8 +351,3 @@ def _generator(key: str) -> torch.Generator:
 
 def _copy(parameter: Tensor) -> Tensor:
     return parameter.detach().to("cpu", torch.float32, copy=True).contiguous()
-
-
-def _slice(data: Encoded, start: int) -> Encoded:
-    stop = start + _SCORE_BATCH
-    return Encoded(data.tokens[start:stop], data.targets[start:stop], data.pad_id)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-
 from tests.integration.conftest import Terminal, last_json, wait_until
 
 pytestmark = pytest.mark.timeout(420)
@@ -67,7 +66,9 @@ def test_a_killed_demo_leaves_no_process(terminal: Terminal, tmp_path: Path) -> 
 def test_when_one_process_dies_the_others_are_ended(terminal: Terminal, tmp_path: Path, victim: str) -> None:
     process = terminal.start("demo", "demo", "--json", "--home", str(tmp_path / "home"))
     wait_until(lambda: len(terminal.processes()) >= 10, what="all processes of the demo", timeout_s=60)
-    matching = [p for p in terminal.processes() if victim in " ".join(p.cmdline()) and "flower-superexec" not in p.name()]
+    matching = [
+        p for p in terminal.processes() if victim in " ".join(p.cmdline()) and "flower-superexec" not in p.name()
+    ]
     # the trainer of all clients has children with its own command line: the oldest is their parent
     min(matching, key=lambda each: each.create_time()).kill()
     assert process.wait(timeout=60) == 22

@@ -7,9 +7,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from tests.integration.conftest import Terminal, last_json, stop, wait_until, write_rows, write_run_file
 
 from pomona.processes import free_ports
-from tests.integration.conftest import Terminal, last_json, stop, wait_until, write_rows, write_run_file
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -33,7 +33,9 @@ def test_server_join_and_run(terminal: Terminal, tmp_path: Path, tiny_bert: Path
         _join(terminal, address, f"site-{i}", write_rows(tmp_path / f"{i}.csv", toy_data, part=i, of=2), tiny_bert)
         for i in range(2)
     ]
-    run_file = write_run_file(tmp_path / "run.toml", model=tiny_bert, data=toy_data, lines=["[cohort]\nmin_clients = 2"])
+    run_file = write_run_file(
+        tmp_path / "run.toml", model=tiny_bert, data=toy_data, lines=["[cohort]\nmin_clients = 2"]
+    )
     done = terminal.run("run", str(run_file), "--home", str(home), "--json")
     assert done.returncode == 0, done.stdout + done.stderr
     found = last_json(done.stdout)

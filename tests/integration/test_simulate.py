@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-
 from tests.integration.conftest import Terminal, last_json, write_run_file
 
 pytestmark = pytest.mark.timeout(600)
@@ -24,7 +23,7 @@ def many_rows(tmp_path: Path, toy_data: Path) -> Path:
 
 
 def test_two_hundred_clients(terminal: Terminal, tmp_path: Path, tiny_bert: Path, many_rows: Path) -> None:
-    lines = ["[simulation]\nranks = [2, 4, 8]", '[aggregation]\nmax_rank = 16']
+    lines = ["[simulation]\nranks = [2, 4, 8]", "[aggregation]\nmax_rank = 16"]
     run_file = write_run_file(tmp_path / "run.toml", model=tiny_bert, data=many_rows, lines=lines)
     home = tmp_path / "home"
     done = terminal.run(
