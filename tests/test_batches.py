@@ -26,7 +26,7 @@ def padding(lengths: np.ndarray[tuple[int], np.dtype[np.int64]], chosen: list[np
 
 @given(LENGTHS, st.integers(1, 9), st.integers(0, 2**32), st.booleans())
 @settings(deadline=None, max_examples=120)
-def test_every_example_comes_once(lengths: list[int], batch_size: int, seed: int, shuffled: bool) -> None:  # noqa: FBT001
+def test_every_example_comes_once(lengths: list[int], batch_size: int, seed: int, shuffled: bool) -> None:
     """A text that is dropped, or comes twice, would be weighted wrongly."""
     data = numbered(lengths)
     generator = np.random.default_rng(seed) if shuffled else None
@@ -48,7 +48,7 @@ def test_padding_is_masked_and_is_no_longer_than_it_must(
     lengths: list[int],
     batch_size: int,
     seed: int,
-    causal: bool,  # noqa: FBT001
+    causal: bool,
 ) -> None:
     """Padding that counts as text would change what the model sees."""
     data = numbered(lengths, causal=causal)
