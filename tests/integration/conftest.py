@@ -98,6 +98,52 @@ def terminal(tmp_path: Path) -> Iterator[Terminal]:
         each.wait()
 
 
+@dataclass(frozen=True, slots=True)
+class FinishedDemo:
+    """What one run of ``pomona demo --json`` left and took.
+
+    Attributes:
+        result: The object that it printed.
+        home: Folder of its registry.
+        peak_bytes: Largest memory of all processes together, shared pages counted once.
+        cpu_s: CPU time of all processes together.
+    """
+
+    result: dict[str, object]
+    home: Path
+    peak_bytes: int
+    cpu_s: float
+
+
+@pytest.fixture(scope="session")
+def finished_demo(tmp_path_factory: pytest.TempPathFactory) -> FinishedDemo:
+    """Run the demo once for all tests that look at what it leaves."""
+    folder = tmp_path_factory.mktemp("demo")
+    terminal = Terminal(mark=folder.as_posix(), folder=folder)
+    process = terminal.start("demo", "demo", "--json", "--home", str(folder / "home"))
+    peak, cpu_s = 0, dict[int, float]()
+    while process.poll() is None:
+        peak = max(peak, _usage(terminal, cpu_s))
+        time.sleep(2)
+    text = terminal.output("demo").read_text()
+    assert process.returncode == 0, text
+    terminal.expect_no_process()
+    return FinishedDemo(last_json(text), folder / "home", peak, sum(cpu_s.values()))
+
+
+def _usage(terminal: Terminal, cpu_s: dict[int, float]) -> int:
+    """Return the memory of all processes, and note the CPU time of each."""
+    total = 0
+    for process in terminal.processes():
+        try:
+            times = process.cpu_times()
+            cpu_s[process.pid] = times.user + times.system
+            total += process.memory_full_info().pss
+        except psutil.Error:
+            continue
+    return total
+
+
 def last_json(text: str) -> dict[str, object]:
     """Return the JSON object on the last line of an output."""
     document = json.loads(text.strip().splitlines()[-1])
