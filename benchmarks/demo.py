@@ -1,7 +1,7 @@
 """What ``pomona demo`` takes: seconds, CPU seconds and memory over all its processes together.
 
 Memory is the proportional set size, so shared pages count once. A run whose export does not score what the
-coordinator scored is not reported. Run as ``python benchmarks/demo.py``; results go to ``benchmarks/results/demo.json``.
+coordinator scored is not reported. Run as ``python benchmarks/demo.py``; results go to ``benchmarks/results``.
 """
 
 import argparse

@@ -1,5 +1,6 @@
 """Real processes on loopback: helpers to start the command line, wait for it, and see that nothing is left of it."""
 
+import contextlib
 import json
 import os
 import signal
@@ -26,10 +27,10 @@ class Terminal:
     running: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def start(self, name: str, *arguments: str) -> subprocess.Popen[bytes]:
-        """Start ``pomona`` in the background; what it prints goes to ``<name>.txt``."""
-        with self.output(name).open("wb") as out:
+        """Start ``pomona`` in the background; what it prints goes to ``<name>.txt`` and ``<name>.err.txt``."""
+        with self.output(name).open("wb") as out, self.output(f"{name}.err").open("wb") as err:
             process = subprocess.Popen(
-                [POMONA, *arguments], stdout=out, stderr=subprocess.STDOUT, env=self._environment(), cwd=self.folder
+                [POMONA, *arguments], stdout=out, stderr=err, env=self._environment(), cwd=self.folder
             )
         self.running.append(process)
         return process
@@ -68,11 +69,15 @@ class Terminal:
 
     def expect_no_process(self, *, timeout_s: float = 30.0) -> None:
         """Fail unless all marked processes are gone in time."""
-        wait_until(lambda: not self.processes(), what=f"the end of {self.describe()}", timeout_s=timeout_s)
+        wait_until(lambda: not self.processes(), what=f"the end of all of {self.describe()}", timeout_s=timeout_s)
 
     def describe(self) -> list[str]:
         """Return the command lines of what still lives."""
-        return [" ".join(process.cmdline())[:120] for process in self.processes()]
+        found = []
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                found.append(" ".join(process.cmdline())[:120])
+        return found
 
     def _environment(self) -> dict[str, str]:
         return {**os.environ, MARK: self.mark, "NO_COLOR": "1", "COLUMNS": "200"}
@@ -126,7 +131,7 @@ def finished_demo(tmp_path_factory: pytest.TempPathFactory) -> FinishedDemo:
         peak = max(peak, _usage(terminal, cpu_s))
         time.sleep(2)
     text = terminal.output("demo").read_text()
-    assert process.returncode == 0, text
+    assert process.returncode == 0, text + terminal.output("demo.err").read_text()
     terminal.expect_no_process()
     return FinishedDemo(last_json(text), folder / "home", peak, sum(cpu_s.values()))
 
