@@ -45,10 +45,16 @@ class Roster:
     members: dict[str, Enrolment] = field(default_factory=dict)
     nodes: dict[str, int] = field(default_factory=dict)
     _seen: set[int] = field(default_factory=set)
+    _postponed: set[int] = field(default_factory=set)
 
     def newcomers(self, online: Collection[int]) -> list[int]:
         """Return the connected nodes that have not been asked yet."""
         return sorted(set(online) - self._seen)
+
+    def ask_again(self) -> None:
+        """Invite those again whose name was taken: Flower takes a minute to notice that a node is gone."""
+        self._seen -= self._postponed
+        self._postponed.clear()
 
     def present(self, online: Collection[int]) -> list[str]:
         """Return the names of the clients that are connected, sorted."""
@@ -87,6 +93,11 @@ class Roster:
             self.members[answer.name], self.nodes[answer.name] = enrolment, node
         return Introduction(answer.name, answer.rank, answer.num_examples, reason)
 
+    def unreadable(self, node: int, reason: str) -> Introduction:
+        """Record that a node answered its invitation with something else; it is not asked again."""
+        self._seen.add(node)
+        return Introduction(shown("", node), excluded=reason)
+
     def lost(self, node: int) -> Introduction:
         """Record that a node did not answer its invitation; it is asked again when it is seen again."""
         return Introduction(shown("", node), excluded="it did not answer the invitation")
@@ -107,6 +118,7 @@ class Roster:
             return f"its rank {answer.rank} is above max_rank={invitation.max_rank}"
         holder = self.nodes.get(answer.name)
         if holder is not None and holder != node and holder in online:
+            self._postponed.add(node)
             return "another connected client has that name"
         if (before := self.members.get(answer.name)) is not None and before != enrolment:
             return f"it enrolled as {before} and now says {enrolment}"

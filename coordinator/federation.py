@@ -32,6 +32,7 @@ _log = logging.getLogger(__name__)
 
 _POLL_S = 0.3
 _JOIN_POLL_S = 0.5
+_GRACE_S = 15.0  # for those who are about to answer when enough have
 
 
 def run_federation(grid: Grid, settings: RunSettings, registry: Registry, *, run_id: str) -> list[Version]:
@@ -66,6 +67,7 @@ class _Federation:
             held_out.texts, held_out.labels, max_length=settings.model.max_length
         )
         self._roster = Roster()
+        self._invited: dict[str, int] = {}
         self._strategy = BoundedFlora(
             settings=settings,
             invitation=invitation,
@@ -84,7 +86,8 @@ class _Federation:
 
     def _round(self, number: int) -> Version:
         run_id, strategy = self._invitation.run_id, self._strategy
-        self._enrol_newcomers(timeout_s=self._settings.cohort.join_timeout_s)
+        self._roster.ask_again()
+        self._enrol_newcomers()
         present = self._roster.present(self._online())
         cohort = choose_cohort(present, self._settings.cohort, seed=self._settings.seed, round_number=number)
         self._registry.open_round(run_id, number, parent=strategy.parent or None, cohort=cohort)
@@ -162,11 +165,15 @@ class _Federation:
     def _wait_for_clients(self) -> None:
         cohort = self._settings.cohort
         deadline = time.monotonic() + cohort.join_timeout_s
+        grace_ends = None
         while True:
-            self._enrol_newcomers(timeout_s=max(1.0, deadline - time.monotonic()))
+            self._enrol_newcomers()
+            now = time.monotonic()
             if len(present := self._roster.present(self._online())) >= cohort.min_clients:
-                return
-            if time.monotonic() > deadline:
+                grace_ends = grace_ends or now + _GRACE_S
+                if not self._invited or now > min(grace_ends, deadline):
+                    return
+            elif now > deadline:
                 raise NotEnoughClients(
                     f"expected {cohort.min_clients} clients within {cohort.join_timeout_s:g} s, got {len(present)}"
                     f"{_why(self._registry.clients(self._invitation.run_id))}; "
@@ -174,16 +181,21 @@ class _Federation:
                 )
             time.sleep(_JOIN_POLL_S)
 
-    def _enrol_newcomers(self, *, timeout_s: float) -> None:
+    def _enrol_newcomers(self) -> None:
+        """Invite the nodes that are new and take the answers that have come; wait for nobody.
+
+        A node that is slow to answer takes part from the round after its answer.
+        """
         online = self._online()
-        nodes = self._roster.newcomers(online)
-        invitation = self._invitation.model_dump_json()
-        messages = [
-            Message(pack("invitation", invitation), dst_node_id=node, message_type=ENROL, ttl=timeout_s)
-            for node in nodes
-        ]
-        for position, reply in collect(self._grid, messages, deadline_s=timeout_s):
-            self._enrol(self._introduction(nodes[position], reply, online))
+        nodes = [node for node in self._roster.newcomers(online) if node not in self._invited.values()]
+        json, ttl = self._invitation.model_dump_json(), self._settings.cohort.join_timeout_s
+        messages = [Message(pack("invitation", json), dst_node_id=node, message_type=ENROL, ttl=ttl) for node in nodes]
+        sent = self._grid.push_messages(messages) if messages else []
+        self._invited.update({message_id: node for message_id, node in zip(sent, nodes, strict=True) if message_id})
+        for reply in self._grid.pull_messages(list(self._invited)) if self._invited else []:
+            node = self._invited.pop(reply.metadata.reply_to_message_id, None)
+            if node is not None:
+                self._enrol(self._introduction(node, reply, online))
 
     def _introduction(self, node: int, reply: Message, online: Sequence[int]) -> Introduction:
         if reply.has_error():
@@ -191,7 +203,7 @@ class _Federation:
         try:
             kind, json, _ = unpack(reply)
         except PayloadError as error:
-            return Introduction(f"node-{node}", excluded=str(error))
+            return self._roster.unreadable(node, str(error))
         return self._roster.introduce(
             node, kind, json, invitation=self._invitation, training=self._settings.training, online=online
         )

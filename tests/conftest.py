@@ -1,24 +1,22 @@
-"""Tiny base models and a data set that they can learn, made here: no hub, no download."""
+"""Tiny base models and a data set that they can learn, made here: no hub, no download.
+
+What takes long to import is imported by the fixtures that need it.
+"""
 
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from flwr.supercore.task_identity import TaskIdentity
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from tokenizers.processors import TemplateProcessing
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers.utils import logging as transformers_logging
 
-from pomona.client.trainer import Profile
-from pomona.datasets import load_dataset
+from pomona.datasets import Dataset, Task, load_dataset
 
-torch.set_num_threads(1)
-transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+if TYPE_CHECKING:
+    from pomona.client.trainer import Profile
+
+torch.set_num_threads(1)  # the machine's other cores are for the processes under test
 
 KEYWORDS = {
     "animal": ("cat", "dog", "horse", "sheep", "wolf", "otter", "eagle", "salmon"),
@@ -30,7 +28,7 @@ FILLERS = ("the", "a", "old", "new", "small", "near", "some", "very", "and", "wi
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 ROWS_PER_CLASS = {"train": 24, "validation": 12}
 
-MakeProfile = Callable[..., Profile]
+MakeProfile = Callable[..., "Profile"]
 
 
 def _words() -> list[str]:
@@ -39,6 +37,14 @@ def _words() -> list[str]:
 
 def _save_tokenizer(folder: Path, *, frame: bool) -> int:
     """Write a tokenizer that knows whole words, and return the size of its vocabulary."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     vocabulary = {word: i for i, word in enumerate(_words())}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = Whitespace()
@@ -56,6 +62,8 @@ def _save_tokenizer(folder: Path, *, frame: bool) -> int:
 @pytest.fixture
 def flower_task(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give this process the identity that Flower gives its apps, without which they can write no message."""
+    from flwr.supercore.task_identity import TaskIdentity
+
     for name in ("_task_id", "_run_id", "_node_id"):
         monkeypatch.setattr(TaskIdentity, name, 1)
 
@@ -63,6 +71,8 @@ def flower_task(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A BERT encoder of random weights, in which the keywords of a class have like embeddings, as if pretrained."""
+    from transformers import BertConfig, BertModel
+
     folder = tmp_path_factory.mktemp("models") / "tiny-bert"
     config = BertConfig(
         vocab_size=_save_tokenizer(folder, frame=True),
@@ -88,6 +98,8 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A causal language model of random weights, with fewer key heads than query heads."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     folder = tmp_path_factory.mktemp("models") / "tiny-llama"
     config = LlamaConfig(
         vocab_size=_save_tokenizer(folder, frame=False),
@@ -112,16 +124,17 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A CSV file of four classes that one keyword decides; ``split`` says which rows are held out."""
     chooser = random.Random(5)
-    lines = ["text,label,split"]
+    rows = []
     for split, count in ROWS_PER_CLASS.items():
         for i in range(count):
             for label, words in KEYWORDS.items():
                 fillers = chooser.sample(FILLERS, chooser.randint(1, 7))
                 text = [*fillers, words[i % len(words)], chooser.choice(words)]
                 chooser.shuffle(text)
-                lines.append(f"{' '.join(text)},{label},{split}")
+                rows.append(f"{' '.join(text)},{label},{split}")
+    chooser.shuffle(rows)
     path = tmp_path_factory.mktemp("data") / "toy.csv"
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    path.write_text("\n".join(["text,label,split", *rows]) + "\n", encoding="utf-8")
     return path
 
 
@@ -129,14 +142,16 @@ def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_profile(tiny_bert: Path, toy_data: Path) -> MakeProfile:
     """Return a maker of clients: number ``i`` of ``count`` trains on every ``count``-th row."""
 
+    from pomona.client.trainer import Profile
+
     def make(number: int = 0, *, count: int = 1, name: str = "", rank: int = 4, model: Path | None = None) -> Profile:
+        def load_data(task: str) -> Dataset:
+            kind: Task = "causal-lm" if task == "causal-lm" else "classification"
+            train = load_dataset(toy_data, split="train", task=kind)
+            return train.subset(range(number, len(train), count))
+
         return Profile(
-            name=name or f"client-{number}",
-            rank=rank,
-            load_data=lambda task: (data := load_dataset(toy_data, split="train", task=task)).subset(
-                range(number, len(data), count)
-            ),  # type: ignore[arg-type]
-            model_folder=str(model or tiny_bert),
+            name=name or f"client-{number}", rank=rank, load_data=load_data, model_folder=str(model or tiny_bert)
         )
 
     return make

@@ -20,7 +20,7 @@ def numbered(lengths: list[int], *, causal: bool = False) -> Encoded:
     return Encoded(tokens, () if causal else tuple(i % 5 for i in range(len(lengths))), pad_id=7)
 
 
-def padding(lengths: np.ndarray[tuple[int], np.dtype[np.int64]], chosen: list[np.ndarray]) -> int:  # type: ignore[type-arg]
+def padding(lengths: np.ndarray[tuple[int], np.dtype[np.int64]], chosen: list[np.ndarray]) -> int:
     return sum(int(lengths[part].max() * len(part) - lengths[part].sum()) for part in chosen)
 
 

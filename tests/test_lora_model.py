@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -72,7 +72,7 @@ def raw_output(model: AdaptedModel, batch: dict[str, Tensor]) -> Tensor:
 
 def plain_peft(
     path: Path, task: Task, weights: AdapterWeights, local: AdapterWeights, *, rank: int, alpha: float, rslora: bool
-) -> torch.nn.Module:
+) -> PeftModel:
     """The same model made by PEFT alone: both adapters active, in PEFT's own forward pass."""
     loader = AutoModelForCausalLM if task == "causal-lm" else AutoModelForSequenceClassification
     options = {} if task == "causal-lm" else {"num_labels": len(LABELS)}
@@ -92,7 +92,8 @@ def plain_peft(
             state[f"base_model.model.{name}.lora_B.{adapter}.weight"].data.copy_(source.layers[name].b)
     for name, tensor in local.heads.items():
         state[f"base_model.model.{name}"].data.copy_(tensor)
-    return peft.train(False)
+    peft.train(False)
+    return peft
 
 
 @pytest.mark.parametrize("rslora", [False, True])

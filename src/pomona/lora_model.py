@@ -82,7 +82,7 @@ class AdaptedModel:
         self._peft: PeftModel | None = None
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model.requires_grad_(False)
-        self._model.train(False).to(self._device)
+        nn.Module.to(self._model.train(False), self._device)
 
     def encode(self, texts: Sequence[str], labels: Sequence[str], *, max_length: int) -> Encoded:
         """Tokenise examples; labels must be among the model's.

@@ -170,13 +170,19 @@ class Supervisor:
 
     def stop(self) -> None:
         """End every child and every process that it started: politely, then by force."""
-        everyone = _descendants([child.process.pid for child in self._children])
-        for child in reversed(self._children):
-            _signal_group(child.process.pid, signal.SIGTERM)
+        leaders = [child.process.pid for child in self._children]
+        everyone = _descendants(leaders)
+        strangers = [process for process in everyone if _group(process) not in leaders]
+        for pid in reversed(leaders):
+            _signal_group(pid, signal.SIGTERM)
+        for process in strangers:  # in sessions of their own, where no signal to a group reaches them
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()
         _, stubborn = psutil.wait_procs(everyone, timeout=_STOP_GRACE_S)
         for process in stubborn:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
+        psutil.wait_procs(stubborn, timeout=_STOP_GRACE_S)
         for child in self._children:
             _signal_group(child.process.pid, signal.SIGKILL)
             child.process.wait()
@@ -206,6 +212,12 @@ def _descendants(pids: Sequence[int]) -> list[psutil.Process]:
             parent = psutil.Process(pid)
             found += [parent, *parent.children(recursive=True)]
     return found
+
+
+def _group(process: psutil.Process) -> int | None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        return os.getpgid(process.pid)
+    return None
 
 
 def _signal_group(pid: int, number: signal.Signals) -> None:

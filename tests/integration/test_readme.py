@@ -22,7 +22,7 @@ INSTALLED = Path(sys.executable).parent
 def _block(language: str, first: str) -> str:
     """Return the one block that starts with a text, so that a README that changed is noticed."""
     (found,) = [text for kind, text in BLOCKS if kind == language and text.startswith(first)]
-    return found
+    return str(found)
 
 
 @pytest.fixture

@@ -1,0 +1,198 @@
+"""A run file that is wrong says where, what came and what to do, before anything is started."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from pomona.errors import ConfigError
+from pomona.settings import RunSettings, load_settings, parse_settings
+
+FULL = """
+name = "news.en_1-b"
+task = "causal-lm"
+rounds = 7
+seed = 11
+
+[model]
+base = "~/models/tiny"
+sha256 = "{sha}"
+target_modules = ["q_proj", "v_proj"]
+max_length = 128
+
+[data]
+source = "news.csv"
+labels = ["a", "b"]
+evaluation_examples = 10
+evaluation_split = "all"
+partition = "column"
+partition_column = "site"
+
+[cohort]
+fraction = 0.25
+min_clients = 8
+min_replies = 2
+join_timeout_s = 5
+round_deadline_s = 30.5
+
+[training]
+local_epochs = 2
+max_steps = 100
+batch_size = 4
+learning_rate = 1e-3
+head_learning_rate = 5e-3
+weight_decay = 0.01
+alpha_per_rank = 1
+rslora = true
+
+[aggregation]
+strategy = "flora-bounded"
+max_rank = 8
+energy = 0.99
+max_update_norm = 10
+max_examples = 500
+
+[simulation]
+ranks = [2, 8]
+cpus_per_client = 0.5
+gpus_per_client = 0
+""".replace("{sha}", "0123456789abcdef" * 4)
+
+
+def test_a_name_is_all_that_a_run_needs() -> None:
+    """A default that its own check refuses would make every short run file wrong."""
+    run = parse_settings('name = "demo"', source="run.toml")
+    assert run == RunSettings(name="demo")
+    assert (run.task, run.rounds, run.seed) == ("classification", 3, 0)
+    assert run.model.base == "all-minilm-l6-v2"
+    assert run.cohort.fraction is None
+    assert run.cohort.size is None
+    assert max(run.simulation.ranks) <= run.aggregation.max_rank
+
+
+def test_every_setting_can_be_given() -> None:
+    run = parse_settings(FULL, source="run.toml")
+    assert run.name == "news.en_1-b"
+    assert run.model.target_modules == ("q_proj", "v_proj")
+    assert run.cohort.round_deadline_s == 30.5
+    assert run.training.rslora is True
+    assert run.aggregation.energy == 0.99
+    assert run.simulation.ranks == (2, 8)
+    assert RunSettings.model_validate_json(run.model_dump_json()) == run, "it travels as JSON to the coordinator"
+
+
+def test_settings_are_frozen() -> None:
+    """Settings that change during a run would no longer be those that the registry recorded."""
+    run = parse_settings(FULL, source="run.toml")
+    for section, name in ((run, "rounds"), (run.training, "batch_size"), (run.cohort, "size"), (run.model, "base")):
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(section, name, 1)
+    assert hash(run) == hash(parse_settings(FULL, source="again"))
+
+
+WRONG: dict[str, tuple[str, tuple[str, ...]]] = {
+    "no name": ("rounds = 3", ("name: Field required",)),
+    "unknown key": ('name = "a"\nround = 3', ("round: Extra inputs are not permitted",)),
+    "unknown section": ('name = "a"\n[trainning]\nbatch_size = 3', ("trainning: Extra inputs",)),
+    "unknown key in a section": ('name = "a"\n[training]\nlr = 3', ("training.lr: Extra inputs",)),
+    "a key in the wrong section": ('name = "a"\n[training]\nmax_rank = 3', ("training.max_rank: Extra inputs",)),
+    "fraction and size": (
+        'name = "a"\n[cohort]\nfraction = 0.5\nsize = 3',
+        ("cohort: give cohort.fraction or cohort.size, not both", "fraction=0.5 size=3"),
+    ),
+    "more replies than are asked": (
+        'name = "a"\n[cohort]\nmin_replies = 4\nsize = 3',
+        ("cohort.min_replies=4 can never be reached by cohort.size=3", "lower min_replies or raise size"),
+    ),
+    "fraction 0": ('name = "a"\n[cohort]\nfraction = 0.0', ("cohort.fraction", "greater than 0, got 0.0")),
+    "fraction above 1": ('name = "a"\n[cohort]\nfraction = 1.5', ("less than or equal to 1, got 1.5",)),
+    "size 0": ('name = "a"\n[cohort]\nsize = 0', ("cohort.size", "greater than 0, got 0")),
+    "no clients": ('name = "a"\n[cohort]\nmin_clients = 0', ("cohort.min_clients", "got 0")),
+    "no time": ('name = "a"\n[cohort]\nround_deadline_s = 0', ("cohort.round_deadline_s", "got 0")),
+    "time without end": ('name = "a"\n[cohort]\nround_deadline_s = inf', ("round_deadline_s", "finite number")),
+    "rank 0": ('name = "a"\n[simulation]\nranks = [4, 0]', ("simulation.ranks.1", "greater than 0, got 0")),
+    "negative rank": ('name = "a"\n[simulation]\nranks = [-4]', ("simulation.ranks.0", "got -4")),
+    "rank as a fraction": ('name = "a"\n[simulation]\nranks = [4.5]', ("simulation.ranks.0", "got 4.5")),
+    "no ranks": ('name = "a"\n[simulation]\nranks = []', ("simulation.ranks", "at least 1 item")),
+    "rank above max_rank": (
+        'name = "a"\n[simulation]\nranks = [4, 65]',
+        ("simulation.ranks has 65, above aggregation.max_rank=64", "lower the rank or raise max_rank"),
+    ),
+    "max_rank 0": ('name = "a"\n[aggregation]\nmax_rank = 0', ("aggregation.max_rank", "got 0")),
+    "energy 0": ('name = "a"\n[aggregation]\nenergy = 0.0', ("aggregation.energy", "got 0.0")),
+    "unknown strategy": ('name = "a"\n[aggregation]\nstrategy = "fedavg"', ("'flora-bounded'", "got 'fedavg'")),
+    "NaN": ('name = "a"\n[training]\nlearning_rate = nan', ("training.learning_rate", "finite number", "got nan")),
+    "infinity": ('name = "a"\n[training]\nweight_decay = inf', ("training.weight_decay", "finite number", "got inf")),
+    "a negative rate": ('name = "a"\n[training]\nlearning_rate = -0.1', ("training.learning_rate", "got -0.1")),
+    "batch size 0": ('name = "a"\n[training]\nbatch_size = 0', ("training.batch_size", "got 0")),
+    "text for a number": ('name = "a"\nrounds = "three"', ("rounds", "integer", "got 'three'")),
+    "a fraction of a round": ('name = "a"\nrounds = 2.5', ("rounds", "got 2.5")),
+    "rounds 0": ('name = "a"\nrounds = 0', ("rounds", "greater than 0, got 0")),
+    "negative seed": ('name = "a"\nseed = -1', ("seed", "got -1")),
+    "a number for a section": ('name = "a"\ntraining = 3', ("training", "got 3")),
+    "a list for a section": ('name = "a"\n[[training]]\nbatch_size = 3', ("training",)),
+    "unknown task": ('name = "a"\ntask = "vision"', ("task", "'classification' or 'causal-lm'", "got 'vision'")),
+    "no hash": ('name = "a"\n[model]\nsha256 = "abc"', ("model.sha256", "got 'abc'")),
+    "short texts": ('name = "a"\n[model]\nmax_length = 3', ("model.max_length", "got 3")),
+    "column without partition": (
+        'name = "a"\n[data]\npartition_column = "site"',
+        ("go together", "partition='dirichlet' and partition_column='site'"),
+    ),
+    "partition without column": ('name = "a"\n[data]\npartition = "column"', ("go together", "partition_column=''")),
+    "concentration 0": ('name = "a"\n[data]\ndirichlet_alpha = 0', ("data.dirichlet_alpha", "got 0")),
+    "empty name": ('name = ""', ("name: String should match pattern", "got ''")),
+    "a path as name": ('name = "a/b"', ("name: String should match pattern", "got 'a/b'")),
+    "a name with an alias": ('name = "a@b"', ("name: String should match pattern",)),
+    "a hidden name": ('name = ".a"', ("name: String should match pattern",)),
+    "a name with a line break": ('name = "a\\n"', ("name: String should match pattern",)),
+    "a long name": (f'name = "{"a" * 101}"', ("name: String should match pattern",)),
+    "a number as name": ("name = 3", ("name: Input should be a valid string, got 3",)),
+    "not TOML": ("name = demo", ("run.toml is not TOML", "line 1, column 8")),
+    "JSON": ('{"name": "a"}', ("is not TOML",)),
+    "a key twice": ('name = "a"\nname = "b"', ("is not TOML", "overwrite")),
+    "nothing": ("", ("name: Field required",)),
+    "two things": ('name = "a"\nrounds = 0\nseed = -1', ("rounds: ", "; seed: ")),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_run_file_is_refused_with_what_is_wrong(wrong: str) -> None:
+    """A run would start with other settings than were meant, or fail an hour later."""
+    text, parts = WRONG[wrong]
+    with pytest.raises(ConfigError) as refused:
+        parse_settings(text, source="run.toml")
+    assert str(refused.value).startswith("run.toml")
+    for part in parts:
+        assert part in str(refused.value)
+    assert "pydantic" not in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_file_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text('name = "demo"\n# grün\n', encoding="utf-8")
+    assert load_settings(path).name == "demo"
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read the run file .*absent\.toml: .*No such file"):
+        load_settings(tmp_path / "absent.toml")
+    with pytest.raises(ConfigError, match="cannot read the run file"):
+        load_settings(tmp_path)
+    latin = tmp_path / "latin.toml"
+    latin.write_bytes('name = "grün"'.encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"latin\.toml: .*utf-8"):
+        load_settings(latin)
+    broken = tmp_path / "broken.toml"
+    broken.write_text("name = [")
+    with pytest.raises(ConfigError, match=r"broken\.toml is not TOML"):
+        load_settings(broken)
+
+
+@given(st.text(max_size=200))
+@settings(deadline=None, max_examples=150)
+def test_any_other_text_is_refused_and_not_crashed_on(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"^run\.toml"):
+        parse_settings(text, source="run.toml")
