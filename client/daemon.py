@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 from pomona.client.relay import receive, send
 from pomona.datasets import Dataset, load_dataset
 from pomona.processes import die_with_parent
+from pomona.protocol import refusal
 
 _log = logging.getLogger("pomona")
 
@@ -78,7 +79,13 @@ def serve(listener: Listener, handle: Handler) -> None:
 
 
 def _serve_one(connection: Connection, handle: Handler) -> None:
-    send(connection, *handle(*receive(connection)))
+    request = receive(connection)
+    try:
+        answer = handle(*request)
+    except Exception as error:  # a client outlives a request that nobody foresaw
+        _log.exception("a request failed")
+        answer = ("refusal", refusal("", f"the trainer failed: {type(error).__name__}").model_dump_json(), b"")
+    send(connection, *answer)
 
 
 def _trainer(spec: TrainerSpec) -> Handler:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pomona.datasets import load_dataset
 from pomona.errors import ConfigError
-from pomona.processes import Supervisor, child_environment, free_ports
+from pomona.processes import Supervisor, child_environment, free_ports, listens
 
 _POLL_S = 0.5
 _RESTARTS = 20
@@ -81,6 +81,8 @@ def run_client(settings: JoinSettings, *, say: Callable[[str], None]) -> None:
             (socket,) = start_trainers(supervisor, [settings])
             start_supernode(supervisor, settings, socket, folder=folder)
             say(f"joining {settings.server} as {settings.name}; logs in {supervisor.log_dir}")
+            if not listens(settings.server):
+                say(f"cannot reach {settings.server} yet; trying until it answers")
             lines = _new_lines(supervisor.log_dir / "trainer.log")
             restarts = _RESTARTS
             while True:
@@ -107,7 +109,7 @@ def _new_lines(log: Path) -> Iterator[list[str]]:
 
 def start_trainers(supervisor: Supervisor, clients: Sequence[JoinSettings]) -> list[Path]:
     """Start the trainers of this machine's clients and return their sockets, in a new folder of the user's own."""
-    folder = Path(tempfile.mkdtemp(prefix="pomona-", dir="/tmp"))
+    folder = supervisor.short_folder()
     sockets = [folder / str(number) for number, _ in enumerate(clients)]
     specs = [
         {"socket": str(socket), "name": c.name, "rank": c.rank, "data": c.data, "model": c.model}

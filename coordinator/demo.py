@@ -13,7 +13,7 @@ from pathlib import Path
 from pomona.base_model import find_base_model
 from pomona.client.join import JoinSettings, start_supernode, start_trainers
 from pomona.coordinator.beginning import begin_run, load_held_out
-from pomona.coordinator.launch import follow, new_run_id, private_folder, submit, watch_flower
+from pomona.coordinator.launch import follow, new_run_id, private_folder, recorded, submit, watch_flower
 from pomona.coordinator.server import run_server
 from pomona.coordinator.summary import RunSummary, summarise
 from pomona.datasets import Dataset, load_dataset
@@ -73,7 +73,7 @@ def run_demo(
     settings = DEMO.model_copy(update={"seed": seed})
     run_id = new_run_id()
     begin_run(registry, settings, run_id=run_id)
-    with _workplace(say) as folder:
+    with recorded(registry, run_id), _workplace(say) as folder:
         with Supervisor(folder / "logs") as supervisor:
             clients = _clients(settings, folder)
             say(f"starting a coordinator and {len(clients)} clients; logs in {supervisor.log_dir}")
@@ -110,17 +110,20 @@ def rescore(settings: RunSettings, export: Path, folder: Path) -> float:
     data = folder / "held-out.jsonl"
     write_jsonl(load_held_out(settings).dataset, data)
     base = find_base_model(settings.model.base)
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "pomona.coordinator.rescore",
-            str(base), str(export), str(data), str(settings.model.max_length),
-        ],
-        env=child_environment({"OMP_NUM_THREADS": "1"}),
-        capture_output=True,
-        text=True,
-        timeout=_RESCORE_TIMEOUT_S,
-        check=False,
-    )  # fmt: skip
+    try:
+        done = subprocess.run(
+            [
+                sys.executable, "-m", "pomona.coordinator.rescore",
+                str(base), str(export), str(data), str(settings.model.max_length),
+            ],
+            env=child_environment({"OMP_NUM_THREADS": "1"}),
+            capture_output=True,
+            text=True,
+            timeout=_RESCORE_TIMEOUT_S,
+            check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        raise ExportMismatch(f"plain peft did not score {export} within {_RESCORE_TIMEOUT_S:.0f} s") from error
     if done.returncode:
         raise ExportMismatch(f"plain peft cannot load {export}: {done.stderr[-800:]}")
     return float(json.loads(done.stdout.splitlines()[-1])["accuracy"])

@@ -45,16 +45,15 @@ class Roster:
     members: dict[str, Enrolment] = field(default_factory=dict)
     nodes: dict[str, int] = field(default_factory=dict)
     _seen: set[int] = field(default_factory=set)
-    _postponed: set[int] = field(default_factory=set)
+    _heirs: dict[int, str] = field(default_factory=dict)  # nodes whose name another node holds
 
     def newcomers(self, online: Collection[int]) -> list[int]:
-        """Return the connected nodes that have not been asked yet."""
-        return sorted(set(online) - self._seen)
+        """Return the connected nodes to invite: those not asked yet, and those whose name has become free.
 
-    def ask_again(self) -> None:
-        """Invite those again whose name was taken: Flower takes a minute to notice that a node is gone."""
-        self._seen -= self._postponed
-        self._postponed.clear()
+        Flower takes a minute to notice that a node is gone, so a client that restarts finds its own name taken.
+        """
+        free = {node for node, name in self._heirs.items() if self.nodes[name] not in online}
+        return sorted(set(online) - (self._seen - free))
 
     def present(self, online: Collection[int]) -> list[str]:
         """Return the names of the clients that are connected, sorted."""
@@ -88,6 +87,7 @@ class Roster:
             rslora=training.rslora,
             num_examples=answer.num_examples,
         )
+        self._heirs.pop(node, None)
         reason = self._objection(node, answer, enrolment, invitation, online)
         if not reason:
             self.members[answer.name], self.nodes[answer.name] = enrolment, node
@@ -118,7 +118,7 @@ class Roster:
             return f"its rank {answer.rank} is above max_rank={invitation.max_rank}"
         holder = self.nodes.get(answer.name)
         if holder is not None and holder != node and holder in online:
-            self._postponed.add(node)
+            self._heirs[node] = answer.name
             return "another connected client has that name"
         if (before := self.members.get(answer.name)) is not None and before != enrolment:
             return f"it enrolled as {before} and now says {enrolment}"

@@ -5,6 +5,7 @@ This loop takes replies as they come, closes a round at its deadline, lets clien
 every round to the registry before the next one begins.
 """
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,7 @@ from pomona.batches import Encoded
 from pomona.coordinator.beginning import begin_run, load_held_out
 from pomona.coordinator.enrolment import Introduction, Roster, choose_cohort
 from pomona.coordinator.strategy import Aggregate, BoundedFlora
-from pomona.errors import NotEnoughClients, PayloadError
+from pomona.errors import NotEnoughClients, PayloadError, PomonaError
 from pomona.lora_model import AdaptedModel, Scores
 from pomona.messages import pack, unpack
 from pomona.protocol import ENROL, Invitation
@@ -31,6 +32,7 @@ from pomona.wire import encode_weights
 _log = logging.getLogger(__name__)
 
 _POLL_S = 0.3
+_IDLE_S = 3.0
 _JOIN_POLL_S = 0.5
 _GRACE_S = 15.0  # for those who are about to answer when enough have
 
@@ -86,9 +88,7 @@ class _Federation:
 
     def _round(self, number: int) -> Version:
         run_id, strategy = self._invitation.run_id, self._strategy
-        self._roster.ask_again()
-        self._enrol_newcomers()
-        present = self._roster.present(self._online())
+        present = self._wait_for_enough()
         cohort = choose_cohort(present, self._settings.cohort, seed=self._settings.seed, round_number=number)
         self._registry.open_round(run_id, number, parent=strategy.parent or None, cohort=cohort)
         try:
@@ -96,17 +96,18 @@ class _Federation:
             messages = list(strategy.configure_train(number, ArrayRecord(), config, self._grid))
             self._collect(messages, cohort)
             aggregate = strategy.close()
-        except NotEnoughClients as error:
-            self._registry.fail_round(run_id, number, str(error))
+            version = self._publish(number, aggregate)
+        except BaseException as error:
+            with contextlib.suppress(PomonaError):
+                self._registry.fail_round(run_id, number, f"{type(error).__name__}: {error}")
             raise
-        version = self._publish(number, aggregate)
         strategy.weights, strategy.parent = aggregate.weights, version.ref
         return version
 
     def _collect(self, messages: Sequence[Message], cohort: Sequence[str]) -> None:
         deadline_s = self._settings.cohort.round_deadline_s
         waiting = set(cohort)
-        for position, reply in collect(self._grid, messages, deadline_s=deadline_s):
+        for position, reply in collect(self._grid, messages, deadline_s=deadline_s, idle=self._enrol_newcomers):
             waiting.discard(cohort[position])
             self._strategy.receive(cohort[position], reply)
         for client in sorted(waiting):
@@ -181,6 +182,17 @@ class _Federation:
                 )
             time.sleep(_JOIN_POLL_S)
 
+    def _wait_for_enough(self) -> list[str]:
+        """Return who is connected; where that is fewer than a round needs, wait for them to come back."""
+        cohort = self._settings.cohort
+        deadline = time.monotonic() + cohort.join_timeout_s
+        while True:
+            self._enrol_newcomers()
+            present = self._roster.present(self._online())
+            if len(present) >= cohort.min_replies or time.monotonic() > deadline:
+                return present
+            time.sleep(_JOIN_POLL_S)
+
     def _enrol_newcomers(self) -> None:
         """Invite the nodes that are new and take the answers that have come; wait for nobody.
 
@@ -226,25 +238,33 @@ class _Federation:
 
 
 def collect(
-    grid: Grid, messages: Sequence[Message], *, deadline_s: float, now: Callable[[], float] = time.monotonic
+    grid: Grid,
+    messages: Sequence[Message],
+    *,
+    deadline_s: float,
+    idle: Callable[[], None],
 ) -> Iterator[tuple[int, Message]]:
     """Send messages and yield each reply when it lands, with the position of the message it answers.
 
-    Ends when all have been answered or the deadline has passed. A reply that Flower makes itself for a lost node does
-    not name that node, so replies are matched by message.
+    Ends when all have been answered or the deadline has passed; ``idle`` is called now and then meanwhile. A reply that
+    Flower makes itself for a lost node does not name that node, so replies are matched by message.
     """
     waiting = {
         message_id: position
         for position, message_id in enumerate(grid.push_messages(messages) if messages else [])
         if message_id
     }
-    deadline = now() + deadline_s
+    deadline = time.monotonic() + deadline_s
+    next_idle = time.monotonic() + _IDLE_S
     while waiting:
         for reply in grid.pull_messages(list(waiting)):
             if (position := waiting.pop(reply.metadata.reply_to_message_id, None)) is not None:
                 yield position, reply
-        if now() > deadline:
+        if time.monotonic() > deadline:
             return
+        if time.monotonic() > next_idle:
+            idle()
+            next_idle = time.monotonic() + _IDLE_S
         if waiting:
             time.sleep(_POLL_S)
 

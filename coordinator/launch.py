@@ -1,5 +1,6 @@
 """Start a run at a server, and follow it to its end."""
 
+import contextlib
 import json
 import os
 import secrets
@@ -7,13 +8,13 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from pomona import __version__, errors
 from pomona.coordinator.beginning import begin_run
 from pomona.coordinator.server import Server
-from pomona.errors import ProcessDied, RunFailed
+from pomona.errors import PomonaError, ProcessDied, RunFailed
 from pomona.processes import child_environment
 from pomona.settings import RunSettings
 from pomona.storage.records import Run
@@ -93,17 +94,29 @@ def run_at(server: Server, registry: Registry, settings: RunSettings, *, show: C
     folder = private_folder()
     flower_run = None
     try:
-        flower_run = submit(server, settings, run_id=run_id, folder=folder)
-        alive = watch_flower(server, flower_run, folder=folder)
-        return follow(registry, run_id, alive=alive, show=show)
-    except BaseException as error:
-        if registry.run(run_id).state == "running":
-            if flower_run is not None:
+        with recorded(registry, run_id):
+            flower_run = submit(server, settings, run_id=run_id, folder=folder)
+            alive = watch_flower(server, flower_run, folder=folder)
+            return follow(registry, run_id, alive=alive, show=show)
+    except BaseException:
+        if flower_run is not None:
+            with contextlib.suppress(PomonaError):
                 stop(server, flower_run, folder=folder)
-            registry.finish_run(run_id, "failed", f"{type(error).__name__}: {error}")
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def recorded(registry: Registry, run_id: str) -> Iterator[None]:
+    """Write down in a run's row the error that ends it here, unless the run has written down its own."""
+    try:
+        yield
+    except BaseException as error:
+        with contextlib.suppress(PomonaError):
+            if registry.run(run_id).state == "running":
+                registry.finish_run(run_id, "failed", f"{type(error).__name__}: {error}")
+        raise
 
 
 def follow(

@@ -20,7 +20,7 @@ from flwr.simulation import run_simulation
 from pomona.client.trainer import Profile, Trainer
 from pomona.coordinator.beginning import begin_run
 from pomona.coordinator.federation import run_federation
-from pomona.coordinator.launch import new_run_id
+from pomona.coordinator.launch import failure, new_run_id, recorded
 from pomona.datasets import Dataset, load_dataset
 from pomona.errors import ConfigError, PomonaError
 from pomona.messages import pack, unpack
@@ -56,12 +56,19 @@ def simulate_run(registry: Registry, settings: RunSettings, *, clients: int, sho
     watcher = threading.Thread(target=_watch, args=(registry, run_id, show, watching), daemon=True)
     watcher.start()
     try:
-        _simulate(registry, settings, clients=clients, run_id=run_id)
+        with recorded(registry, run_id):
+            _simulate(registry, settings, clients=clients, run_id=run_id)
+    except Exception as error:  # Flower may put its own in place of the round loop's
+        if (ended := registry.run(run_id)).state == "failed":
+            raise failure(ended.reason) from error
+        raise
     finally:
         watching.set()
         watcher.join()
     run = registry.run(run_id)
     show(run)
+    if run.state != "finished":
+        raise failure(run.reason)
     return run
 
 

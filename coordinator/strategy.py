@@ -9,6 +9,7 @@ taken one by one as they come: each is checked, then recorded, before it counts.
 """
 
 import logging
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -34,6 +35,10 @@ from pomona.storage.registry import Registry
 from pomona.wire import decode_update, digest, encode_weights
 
 _log = logging.getLogger(__name__)
+
+_FLOAT32_BYTES = 4
+_MAX_HEADER_BYTES = (1 << 20) + 8
+_TTL_MARGIN_S = 30.0  # a straggler is late by the coordinator's clock, not an error of Flower's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +124,7 @@ class BoundedFlora(Strategy):
                 pack("train", request, payload),
                 dst_node_id=self._roster.nodes[name],
                 message_type=MessageType.TRAIN,
-                ttl=self._settings.cohort.round_deadline_s,
+                ttl=self._settings.cohort.round_deadline_s + _TTL_MARGIN_S,
                 group_id=str(server_round),
             )
             for name in cohort
@@ -230,6 +235,10 @@ class BoundedFlora(Strategy):
 
     def _verified(self, client: str, payload: bytes) -> AdapterUpdate:
         limits = self._settings.aggregation
+        if client not in self._roster.members or client not in self._round.cohort:
+            raise UpdateRejected(client, f"it was not asked in round {self._round.number}")
+        if len(payload) > (limit := self._largest_payload(self._roster.members[client].rank)):
+            raise UpdateRejected(client, f"expected at most {limit} bytes for its rank, got {len(payload)}")
         update = decode_update(payload)
         expected = Expected(
             run_id=self._invitation.run_id,
@@ -240,12 +249,15 @@ class BoundedFlora(Strategy):
             max_examples=limits.max_examples,
             max_rank=limits.max_rank,
         )
-        if client not in self._roster.members or client not in self._round.cohort:
-            raise UpdateRejected(client, f"it was not asked in round {self._round.number}")
         if client in self._round.accepted or update.nonce in self._seen_nonces or digest(payload) in self._seen_digests:
             raise UpdateRejected(client, "a second copy of an update that has been counted")
         verify_update(update, enrolment=self._roster.members[client], expected=expected)
         return update
+
+    def _largest_payload(self, rank: int) -> int:
+        factors = sum(rank * (out + in_) for out, in_ in self._manifest.layers.values())
+        heads = sum(math.prod(shape) for shape in self._manifest.heads.values())
+        return _FLOAT32_BYTES * (factors + heads) + _MAX_HEADER_BYTES
 
     def _scaled(self, update: AdapterUpdate) -> Mapping[str, Any]:
         scale = self._roster.members[update.client].scale

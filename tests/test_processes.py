@@ -86,11 +86,16 @@ def test_stop_ends_children_and_all_that_they_started(tmp_path: Path) -> None:
 def test_stop_ends_by_force_what_does_not_listen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopping would hang, or leave the process that ignores it."""
     monkeypatch.setattr(processes, "_STOP_GRACE_S", 0.3)
+    log = tmp_path / "parent.log"
     with Supervisor(tmp_path) as supervisor:
         pid = start(supervisor, "deaf", STUBBORN)
-        until(lambda: "deaf" in written(tmp_path / "deaf.log"), "it ignores the signal")
+        parent = start(supervisor, "parent", GRANDCHILDREN, STUBBORN)
+        until(lambda: "deaf" in written(tmp_path / "deaf.log"), "the child ignores the signal")
+        until(lambda: written(log).count("deaf") == 2, "its grandchildren do")
+        grandchildren = [int(line) for line in written(log).split() if line.isdigit()]
+        assert len(grandchildren) == 2
         began = time.monotonic()
-    assert not alive(pid)
+    assert not any(map(alive, [pid, parent, *grandchildren]))
     assert time.monotonic() - began < 10.0
 
 

@@ -7,10 +7,12 @@ also ends it when its parent is killed. A supervisor watches its children: when 
 import contextlib
 import ctypes
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -102,6 +104,7 @@ class Supervisor:
 
     log_dir: Path
     _children: list[_Child] = field(default_factory=list)
+    _folders: list[Path] = field(default_factory=list)
 
     def __enter__(self) -> Self:
         self.log_dir.mkdir(parents=True, exist_ok=True)
@@ -134,6 +137,12 @@ class Supervisor:
             raise ProcessDied(f"cannot start {name} ({command[0]}): {error}") from error
         self._children.append(_Child(name, process, log))
         return process.pid
+
+    def short_folder(self) -> Path:
+        """Return a new folder that only the user can enter, of a path short enough for sockets; it goes at the end."""
+        folder = Path(tempfile.mkdtemp(prefix="pomona-", dir="/tmp"))
+        self._folders.append(folder)
+        return folder
 
     def check(self) -> None:
         """Check that every child lives.
@@ -187,6 +196,8 @@ class Supervisor:
             _signal_group(child.process.pid, signal.SIGKILL)
             child.process.wait()
         self._children.clear()
+        for folder in self._folders:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -5,11 +5,15 @@ Every message carries one of these records and, where tensors travel, one payloa
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field
 
 from pomona.settings import Sha256, TrainingSettings
 
 ClientName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+
+RunId = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,100}$")]
+Reference = Annotated[str, Field(pattern=r"^[A-Za-z0-9._/@-]{0,200}$")]
+Rank = Annotated[int, Field(ge=1, le=4096)]
 
 ENROL = "query"
 TRAIN = "train"
@@ -35,15 +39,15 @@ class Invitation(_Record):
         max_rank: The largest rank that is accepted.
     """
 
-    run_id: str
-    pomona_version: str
+    run_id: RunId
+    pomona_version: Annotated[str, Field(max_length=50)]
     task: Literal["classification", "causal-lm"]
     base: str
     base_sha256: Sha256
     target_modules: Annotated[tuple[str, ...], Field(strict=False)] = ()
-    max_length: PositiveInt
+    max_length: Annotated[int, Field(ge=1, le=8192)]
     labels: Annotated[tuple[str, ...], Field(strict=False)] = ()
-    max_rank: PositiveInt
+    max_rank: Rank
 
 
 class TrainRequest(_Record):
@@ -58,9 +62,9 @@ class TrainRequest(_Record):
     """
 
     invitation: Invitation
-    round_number: PositiveInt
-    parent: str
-    seed: NonNegativeInt
+    round_number: Annotated[int, Field(ge=1, le=2**31)]
+    parent: Reference
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)]
     training: TrainingSettings
 
 
@@ -76,7 +80,7 @@ class Enrolled(_Record):
     """
 
     name: ClientName
-    rank: PositiveInt
+    rank: Rank
     num_examples: Annotated[int, Field(ge=1, le=2**63 - 1)]
     base_sha256: Sha256
     pomona_version: Annotated[str, Field(max_length=50)]

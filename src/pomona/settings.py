@@ -123,7 +123,7 @@ class TrainingSettings(_Section):
         rslora: Scale by ``alpha / sqrt(rank)`` instead of ``alpha / rank``.
     """
 
-    local_epochs: PositiveInt = 1
+    local_epochs: Annotated[int, Field(ge=1, le=1000)] = 1
     max_steps: NonNegativeInt = 0
     batch_size: PositiveInt = 32
     learning_rate: PositiveFloat = 2e-3
@@ -178,7 +178,7 @@ class RunSettings(_Section):
     name: AdapterName
     task: Literal["classification", "causal-lm"] = "classification"
     rounds: PositiveInt = 3
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
     model: ModelSettings = ModelSettings()
     data: DataSettings = DataSettings()
     cohort: CohortSettings = CohortSettings()

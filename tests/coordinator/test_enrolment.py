@@ -138,8 +138,11 @@ def test_a_name_passes_on_only_when_its_node_is_gone() -> None:
     introduce(roster, 1, online={1, 2})
     assert introduce(roster, 2, online={1, 2}).excluded == "another connected client has that name"
     assert roster.nodes == {"anna": 1}
+    assert roster.newcomers({1, 2}) == []
+    assert roster.newcomers({2}) == [2], "its name is free now"
     assert introduce(roster, 3, online={2, 3}).excluded == ""
     assert roster.nodes == {"anna": 3}
+    assert roster.newcomers({2, 3}) == []
 
 
 def test_a_client_cannot_change_its_mind() -> None:

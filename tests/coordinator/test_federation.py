@@ -272,8 +272,8 @@ def test_the_order_in_which_replies_land_does_not_matter(
     for number, order in enumerate((lambda r: r, lambda r: r[::-1], lambda r: r[1:] + r[:1])):
         nodes = [Node(make_profile(i, count=3, rank=rank)) for i, rank in enumerate((2, 4, 3))]
         with open_registry(tmp_path / str(number)) as registry:
-            run_federation(InProcessGrid(nodes, order=order), make_settings(rounds=2), registry, run_id=RUN)
-            payloads.append([registry.payload("toy/1"), registry.payload("toy/2")])
+            versions = run_federation(InProcessGrid(nodes, order=order), make_settings(rounds=2), registry, run_id=RUN)
+            payloads.append([(registry.payload(version.ref), version.metrics) for version in versions])
     assert payloads[0] == payloads[1] == payloads[2]
 
 
@@ -767,7 +767,7 @@ def enrols_as(**changes: object) -> Tamper:
 
 
 LIES: dict[str, tuple[Tamper, str, str]] = {
-    "rank 0": (enrols_as(rank=0), "node-102", "its answer is malformed: rank: Input should be greater than 0"),
+    "rank 0": (enrols_as(rank=0), "node-102", "malformed: rank: Input should be greater than or equal to 1"),
     "rank as text": (enrols_as(rank="4"), "node-102", "its answer is malformed: rank: Input should be a valid integer"),
     "rank above max": (enrols_as(rank=17), "client-1", "its rank 17 is above max_rank=16"),
     "negative examples": (enrols_as(num_examples=-1), "node-102", "malformed: num_examples: .* greater than or equal"),
@@ -814,6 +814,7 @@ def test_a_name_belongs_to_one_connected_node(
     assert "client client-0 takes no part: another connected client has that name" in caplog.text
     assert (len(owner.asked), len(other.asked)) == (2, 0)
     assert [(client.name, client.excluded) for client in registry.clients(RUN)] == [("client-0", "")]
+    assert other.invited == 1, "it is not asked over and over"
 
 
 def test_a_client_that_restarted_gets_its_name_back_when_its_old_node_is_gone(
@@ -828,6 +829,20 @@ def test_a_client_that_restarted_gets_its_name_back_when_its_old_node_is_gone(
     assert [request.round_number for request, _ in crashed.asked] == [1, 2]
     assert [request.round_number for request, _ in restarted.asked] == [3, 4]
     assert all(tuple(each.cohort) == ("client-0", "client-1") for each in registry.rounds(RUN))
+
+
+def test_a_client_that_restarts_before_the_run_begins_is_not_shut_out(
+    registry: Registry, make_settings: MakeSettings, make_profile: MakeProfile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run would wait in vain for a client that is there, because its name was taken when it was asked."""
+    grid = InProcessGrid(
+        [Node(make_profile(0, count=2)), Node(make_profile(0, count=2)), Node(make_profile(1, count=2))]
+    )
+    online = iter([[101, 102]] * 4 + [[102]] * 4)
+    monkeypatch.setattr(grid, "get_node_ids", lambda: next(online, [102, 103]))
+    run_federation(grid, make_settings(cohort={"min_clients": 2}), registry, run_id=RUN)
+    assert [len(node.asked) for node in grid.nodes.values()] == [0, 1, 1]
+    assert grid.nodes[102].invited == 2
 
 
 def test_a_client_is_held_to_what_it_said_when_it_first_enrolled(

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from pomona.cli.options import Insecure
-from pomona.cli.output import console, exit_on_error
+from pomona.cli.output import console, exit_on_error, plain
 
 
 def join(
@@ -43,6 +43,6 @@ def join(
         screen = console()
         try:
             with terminated_like_interrupted():
-                run_client(settings, say=lambda line: screen.print(line, markup=False, soft_wrap=True))
+                run_client(settings, say=lambda line: screen.print(plain(line), soft_wrap=True))
         except KeyboardInterrupt:
             screen.print("stopped")

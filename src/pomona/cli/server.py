@@ -49,10 +49,12 @@ def server(
                     threads=threads,
                 ) as running,
             ):
+                everywhere = host in {"0.0.0.0", "::"}  # noqa: S104 - compared, not bound
+                address = f"THIS-MACHINE:{running.fleet.rsplit(':', 1)[1]}" if everywhere else running.fleet
                 how = f"--root-certificates {ssl_ca_certfile}" if tls else "--insecure"
                 console().print(
                     f"listening on {running.fleet}{'' if tls else ' WITHOUT TLS'}; registry in {folder}\n"
-                    f"join with: pomona join --server {running.fleet} --rank 8 --data FILE --name NAME {how}\n"
+                    f"join with: pomona join --server {address} --rank 8 --data FILE --name NAME {how}\n"
                     f"start a run with: pomona run FILE.toml --home {folder}",
                     soft_wrap=True,
                 )
