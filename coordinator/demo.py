@@ -31,9 +31,9 @@ _RESCORE_TIMEOUT_S = 300.0
 DEMO = RunSettings(
     name="demo",
     rounds=3,
-    data=DataSettings(evaluation_split="test", evaluation_examples=400, dirichlet_alpha=0.5),
+    data=DataSettings(evaluation_split="test", evaluation_examples=250, dirichlet_alpha=0.5),
     cohort=CohortSettings(min_clients=len(RANKS), min_replies=2, join_timeout_s=120.0, round_deadline_s=180.0),
-    training=TrainingSettings(max_steps=16, batch_size=16, learning_rate=3e-3, head_learning_rate=1e-2),
+    training=TrainingSettings(max_steps=16, batch_size=12, learning_rate=3e-3, head_learning_rate=1e-2),
     aggregation=AggregationSettings(max_rank=32),
 )
 

@@ -357,6 +357,20 @@ def test_who_leaves_is_not_asked_any_more(
     assert [tuple(each.cohort) for each in registry.rounds(RUN)] == [("client-0", "client-1"), ("client-0",)]
 
 
+def test_a_round_waits_for_clients_that_are_away_for_a_moment(
+    registry: Registry, make_settings: MakeSettings, make_profile: MakeProfile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A SuperNode that restarts between two rounds would end the whole run."""
+    grid = InProcessGrid([Node(make_profile(i, count=2)) for i in range(2)])
+    away = iter(range(12))
+    monkeypatch.setattr(
+        grid, "get_node_ids", lambda: [] if grid._round == 1 and next(away, None) is not None else [101, 102]
+    )
+    run_federation(grid, make_settings(rounds=2, cohort={"min_replies": 2}), registry, run_id=RUN)
+    assert [tuple(each.cohort) for each in registry.rounds(RUN)] == [("client-0", "client-1")] * 2
+    assert next(away, None) is None, "they were away"
+
+
 def test_who_never_answers_is_late_and_the_round_goes_on(
     registry: Registry, make_settings: MakeSettings, make_profile: MakeProfile
 ) -> None:
@@ -500,7 +514,7 @@ def test_a_full_disk_fails_the_run_and_publishes_nothing(
     assert registry.versions("toy") == []
     with pytest.raises(AdapterNotFound):
         registry.resolve("toy/1")
-    assert registry.rounds(RUN)[0].state != "committed"
+    assert registry.rounds(RUN)[0].state == "failed"
     assert len(registry.submissions(RUN)) == (0 if what == "an update" else 1)
 
 
@@ -616,6 +630,7 @@ ATTACKS: dict[str, tuple[Tamper, str]] = {
     "a nonce of its own making": (state(nonce="x"), "metadata are malformed: nonce"),
     "more than is known": (state(admin=True), "metadata are malformed: admin"),
     "huge": (forge(lambda t: {n: x + 1e15 for n, x in t.items()}), r"above max_update_norm=10000"),
+    "far too many bytes": (sends(bytes(3 << 20)), r"expected at most \d+ bytes for its rank, got 3145728"),
     "random bytes": (sends(bytes(range(256)) * 40), "header"),
     "a pickle": (sends(pickle.dumps({"a": 1})), "header"),
     "a truncated update": (lambda _q, a: (a[0], a[1], a[2][:-1]), "truncated"),
