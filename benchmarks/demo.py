@@ -21,7 +21,7 @@ from rich.console import Console
 POMONA = Path(sys.executable).parent / "pomona"
 RESULTS = Path(__file__).parent / "results" / "demo.json"
 _POLL_S = 2.0
-_KINDS = ("superlink", "supernode", "superexec", "clientapp", "serverapp", "client.daemon", "rescore")
+_KINDS = ("supernode", "superexec", "clientapp", "serverapp", "client.daemon", "rescore", "superlink")
 
 
 def measure() -> dict[str, object]:

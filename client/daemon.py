@@ -74,7 +74,7 @@ def serve(listener: Listener, handle: Handler) -> None:
         try:
             with listener.accept() as connection:
                 _serve_one(connection, handle)
-        except (EOFError, OSError) as error:
+        except (EOFError, OSError, UnicodeDecodeError) as error:
             _log.warning("a request broke off: %r", error)
 
 

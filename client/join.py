@@ -18,7 +18,8 @@ _POLL_S = 0.5
 _RESTARTS = 20
 _RESTART_PAUSE_S = 5.0
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
-_SERVER = re.compile(r"^(\[[0-9A-Fa-f:.]+\]|[^:\s/]+):\d{1,5}$")
+_SERVER = re.compile(r"^(\[[0-9A-Fa-f:.]+\]|[^:\s/]+):[0-9]{1,5}$")
+_PORTS = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +57,7 @@ class JoinSettings:
             raise ConfigError(f"expected a rank of at least 1, got {self.rank}")
         if self.threads < 1:
             raise ConfigError(f"expected at least 1 thread, got {self.threads}")
-        if not _SERVER.fullmatch(self.server):
+        if not _SERVER.fullmatch(self.server) or not 0 < int(self.server.rsplit(":", 1)[1]) < _PORTS:
             raise ConfigError(f"expected --server HOST:PORT, got {self.server!r}")
         if self.root_certificates is not None and not self.root_certificates.is_file():
             raise ConfigError(f"there is no certificate file {self.root_certificates}")

@@ -121,7 +121,10 @@ class Roster:
             self._heirs[node] = answer.name
             return "another connected client has that name"
         if (before := self.members.get(answer.name)) is not None and before != enrolment:
-            return f"it enrolled as {before} and now says {enrolment}"
+            return (
+                f"it enrolled with rank {before.rank} and {before.num_examples} examples and now has rank "
+                f"{enrolment.rank} and {enrolment.num_examples}; let it join under another name"
+            )
         return ""
 
 

@@ -8,7 +8,7 @@ every round to the registry before the next one begins.
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message
@@ -19,6 +19,7 @@ from pomona.base_model import find_base_model
 from pomona.batches import Encoded
 from pomona.coordinator.beginning import begin_run, load_held_out
 from pomona.coordinator.enrolment import Introduction, Roster, choose_cohort
+from pomona.coordinator.replies import Reply, collect, pull
 from pomona.coordinator.strategy import Aggregate, BoundedFlora
 from pomona.errors import NotEnoughClients, PayloadError, PomonaError
 from pomona.lora_model import AdaptedModel, Scores
@@ -31,8 +32,6 @@ from pomona.wire import encode_weights
 
 _log = logging.getLogger(__name__)
 
-_POLL_S = 0.3
-_IDLE_S = 3.0
 _JOIN_POLL_S = 0.5
 _GRACE_S = 15.0  # for those who are about to answer when enough have
 
@@ -204,12 +203,14 @@ class _Federation:
         messages = [Message(pack("invitation", json), dst_node_id=node, message_type=ENROL, ttl=ttl) for node in nodes]
         sent = self._grid.push_messages(messages) if messages else []
         self._invited.update({message_id: node for message_id, node in zip(sent, nodes, strict=True) if message_id})
-        for reply in self._grid.pull_messages(list(self._invited)) if self._invited else []:
-            node = self._invited.pop(reply.metadata.reply_to_message_id, None)
-            if node is not None:
+        for message_id, node in list(self._invited.items()):
+            if (reply := pull(self._grid, message_id)) is not None:
+                del self._invited[message_id]
                 self._enrol(self._introduction(node, reply, online))
 
-    def _introduction(self, node: int, reply: Message, online: Sequence[int]) -> Introduction:
+    def _introduction(self, node: int, reply: Reply, online: Sequence[int]) -> Introduction:
+        if isinstance(reply, PayloadError):
+            return self._roster.unreadable(node, str(reply))
         if reply.has_error():
             return self._roster.lost(node)
         try:
@@ -235,38 +236,6 @@ class _Federation:
 
     def _online(self) -> list[int]:
         return list(self._grid.get_node_ids())
-
-
-def collect(
-    grid: Grid,
-    messages: Sequence[Message],
-    *,
-    deadline_s: float,
-    idle: Callable[[], None],
-) -> Iterator[tuple[int, Message]]:
-    """Send messages and yield each reply when it lands, with the position of the message it answers.
-
-    Ends when all have been answered or the deadline has passed; ``idle`` is called now and then meanwhile. A reply that
-    Flower makes itself for a lost node does not name that node, so replies are matched by message.
-    """
-    waiting = {
-        message_id: position
-        for position, message_id in enumerate(grid.push_messages(messages) if messages else [])
-        if message_id
-    }
-    deadline = time.monotonic() + deadline_s
-    next_idle = time.monotonic() + _IDLE_S
-    while waiting:
-        for reply in grid.pull_messages(list(waiting)):
-            if (position := waiting.pop(reply.metadata.reply_to_message_id, None)) is not None:
-                yield position, reply
-        if time.monotonic() > deadline:
-            return
-        if time.monotonic() > next_idle:
-            idle()
-            next_idle = time.monotonic() + _IDLE_S
-        if waiting:
-            time.sleep(_POLL_S)
 
 
 def _why(clients: Sequence[object]) -> str:

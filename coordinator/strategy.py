@@ -25,6 +25,7 @@ from pomona.aggregation.heads import average_heads
 from pomona.aggregation.verify import Expected, verify_update
 from pomona.aggregation.weights import example_weights
 from pomona.coordinator.enrolment import Roster
+from pomona.coordinator.replies import Reply
 from pomona.errors import NotEnoughClients, PayloadError, UpdateRejected, VersionConflict
 from pomona.manifest import AdapterManifest
 from pomona.messages import pack, unpack
@@ -130,7 +131,7 @@ class BoundedFlora(Strategy):
             for name in cohort
         ]
 
-    def receive(self, client: str, reply: Message) -> str:
+    def receive(self, client: str, reply: Reply) -> str:
         """Check and record one answer.
 
         Returns:
@@ -223,7 +224,9 @@ class BoundedFlora(Strategy):
             self._settings.rounds,
         )
 
-    def _payload(self, client: str, reply: Message) -> bytes:
+    def _payload(self, client: str, reply: Reply) -> bytes:
+        if isinstance(reply, PayloadError):
+            raise UpdateRejected(client, str(reply))
         if reply.has_error():
             raise UpdateRejected(client, f"no answer (Flower error {reply.error.code}): {reply.error.reason}"[:500])
         kind, json, payload = unpack(reply)

@@ -126,6 +126,9 @@ def test_a_request_that_breaks_off_ends_nobody(daemon: Daemon, invitation: Invit
     with Client(socket, family="AF_UNIX") as connection:  # asks and does not wait for the answer
         for frame in (b"query", invitation.model_dump_json().encode(), b""):
             connection.send_bytes(frame)
+    with Client(socket, family="AF_UNIX") as connection:
+        for frame in (b"query", b"\xff\xfe", b""):
+            connection.send_bytes(frame)
     assert ask(socket, ENROL, invitation.model_dump_json(), b"")[0] == "enrolled"
     assert daemon.process.poll() is None
 

@@ -23,7 +23,7 @@ from torch.testing import assert_close
 from pomona.adapters import AdapterWeights, LoraFactors
 from pomona.aggregation.verify import Enrolment
 from pomona.client.trainer import Profile, Trainer
-from pomona.coordinator import federation
+from pomona.coordinator import federation, replies
 from pomona.coordinator.beginning import begin_run
 from pomona.coordinator.enrolment import Roster
 from pomona.coordinator.federation import run_federation
@@ -45,7 +45,8 @@ RUN = "run-1"
 Tensors = dict[str, Tensor]
 Facts = dict[str, object]
 Answer = tuple[str, str, bytes]
-Reply = Answer | Error | RecordDict | None  # an answer, Flower's own error, other content, or silence
+Reply = Answer | Error | RecordDict | Exception | None
+"""An answer, Flower's own error, other content, what Flower raises over unreadable bytes, or silence."""
 Tamper = Callable[[str, Answer], Reply]
 MakeProfile = Callable[..., Profile]
 
@@ -80,16 +81,15 @@ class Node:
 
 
 class InProcessGrid(Grid):
-    """Delivers messages at once and answers in the order that ``order`` makes of those that landed."""
+    """Delivers messages at once; their answers can be had in any order, or in that which ``order`` makes of a batch."""
 
-    def __init__(
-        self, nodes: Sequence[Node], *, order: Callable[[list[Message]], list[Message]] = lambda replies: replies
-    ) -> None:
+    def __init__(self, nodes: Sequence[Node], *, order: Callable[[list[str]], list[str]] | None = None) -> None:
         self.nodes = dict(enumerate(nodes, start=101))
         self._order = order
         self._round = 0
         self._ids = map("message-{}".format, itertools.count())
-        self._landed: dict[str, Message] = {}
+        self._landed: dict[str, Message | Exception] = {}
+        self._due: list[str] = []
 
     def set_run(self, run: FlowerRun) -> None:
         raise NotImplementedError
@@ -121,19 +121,29 @@ class InProcessGrid(Grid):
             reply = self.nodes[message.metadata.dst_node_id].answer(message)
             if isinstance(reply, tuple):
                 reply = pack(*reply)
-            if reply is not None:
+            if isinstance(reply, Exception):
+                self._landed[message.metadata.message_id] = reply
+            elif reply is not None:
                 self._landed[message.metadata.message_id] = Message(reply, reply_to=message)
+        if self._order is not None:
+            self._due += self._order([key for key in sent if key in self._landed])
         return sent
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        return self._order([self._landed.pop(key) for key in message_ids if key in self._landed])
+        ready = [key for key in message_ids if key in self._landed and (self._due or [key])[0] == key]
+        self._due = [key for key in self._due if key not in ready]
+        found = [self._landed.pop(key) for key in ready]
+        for each in found:
+            if isinstance(each, Exception):
+                raise each  # and the others of this call are gone, as with Flower's grids
+        return [each for each in found if isinstance(each, Message)]
 
 
 @pytest.fixture(autouse=True)
 def _quick(flower_task: None, monkeypatch: pytest.MonkeyPatch) -> None:
     del flower_task
     monkeypatch.delenv("POMONA_REGISTRY_URL", raising=False)
-    monkeypatch.setattr(federation, "_POLL_S", 0.01)
+    monkeypatch.setattr(replies, "_POLL_S", 0.01)
     monkeypatch.setattr(federation, "_JOIN_POLL_S", 0.01)
 
 
@@ -429,6 +439,28 @@ def test_who_is_lost_during_its_invitation_is_invited_again(
 
 
 # How a run fails
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("sha"), ValueError("bad head"), RecursionError(), UnicodeDecodeError("utf-8", b"", 0, 1, "x")]
+)
+def test_bytes_that_flower_cannot_read_harm_only_their_sender(
+    registry: Registry, make_settings: MakeSettings, make_profile: MakeProfile, error: Exception
+) -> None:
+    """Flower raises for the whole batch of replies, which would end the run or lose the updates of the others."""
+    hostile = Node(make_profile(1, count=2), trains=lambda _q, _a: error)
+    mute = Node(make_profile(2, count=2), enrols=lambda _q, _a: error)
+    nodes = [Node(make_profile(0, count=2)), hostile, mute, Node(make_profile(3, count=2))]
+    run_federation(InProcessGrid(nodes), make_settings(rounds=2), registry, run_id=RUN)
+    for number in (1, 2):
+        sent = by_client(registry, number)
+        assert {name: each.status for name, each in sent.items()} == {
+            "client-0": "accepted",
+            "client-1": "rejected",
+            "client-3": "accepted",
+        }
+        assert sent["client-1"].reason.startswith(f"its reply cannot be read: {type(error).__name__}")
+    assert mute.invited == 1
 
 
 def test_flowers_error_counts_as_no_answer(

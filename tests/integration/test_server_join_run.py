@@ -4,9 +4,16 @@ import json
 import signal
 import socket
 import subprocess
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 from tests.integration.conftest import Terminal, last_json, stop, wait_until, write_rows, write_run_file
 
 from pomona.processes import free_ports
@@ -121,6 +128,7 @@ def test_a_server_without_tls_must_be_asked_for(terminal: Terminal, tmp_path: Pa
         ({"--rank": "-3"}, 3, "rank of at least 1"),
         ({"--name": "a b"}, 3, "name of letters"),
         ({"--server": "nowhere"}, 3, "HOST:PORT"),
+        ({"--server": "127.0.0.1:65536"}, 3, "HOST:PORT"),
         ({"--data": "missing.csv"}, 4, "missing.csv"),
         ({"--data": "empty.csv"}, 4, "empty"),
         ({"--data": "broken.jsonl"}, 4, "line 1"),
@@ -173,12 +181,23 @@ def test_run_without_a_server_or_with_a_bad_file(terminal: Terminal, tmp_path: P
 
 
 def _certificates(folder: Path) -> Path:
-    openssl = [
-        "req -x509 -newkey rsa:2048 -sha256 -days 2 -nodes -keyout ca.key -out ca.pem -subj /CN=test-ca",
-        "req -new -newkey rsa:2048 -nodes -keyout server.key -out server.csr -subj /CN=localhost",
-        "x509 -req -in server.csr -CA ca.pem -CAkey ca.key -CAcreateserial -out server.pem -days 2 -extfile san.cnf",
-    ]
-    (folder / "san.cnf").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1\nbasicConstraints=CA:FALSE\n")
-    for command in openssl:
-        subprocess.run(["openssl", *command.split()], cwd=folder, check=True, capture_output=True)
+    """Write a certificate authority and a server certificate that it signed, for loopback."""
+    now, keys = datetime.now(UTC), {name: ec.generate_private_key(ec.SECP256R1()) for name in ("ca", "server")}
+    names = {"ca": "test-ca", "server": "localhost"}
+    alternatives = [x509.DNSName("localhost"), x509.IPAddress(ip_address("127.0.0.1"))]
+    for name, key in keys.items():
+        certificate = (
+            x509.CertificateBuilder()
+            .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names[name])]))
+            .issuer_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names["ca"])]))
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - timedelta(days=1))
+            .not_valid_after(now + timedelta(days=1))
+            .add_extension(x509.BasicConstraints(ca=name == "ca", path_length=None), critical=True)
+            .add_extension(x509.SubjectAlternativeName(alternatives), critical=False)
+            .sign(keys["ca"], hashes.SHA256())
+        )
+        (folder / f"{name}.pem").write_bytes(certificate.public_bytes(Encoding.PEM))
+        (folder / f"{name}.key").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
     return folder
