@@ -10,8 +10,9 @@ package's own local training and aggregation, called in this process without the
 * ``central-small-batch``: as many examples again, in as many steps of a client's batch size as the cohort takes.
 
 Learning rates were chosen on the validation split (``--split validation``); what is reported is the test split.
-Every finished piece is written down at once, so an interrupted run goes on where it stopped. Run as
-``python benchmarks/accuracy.py``; results and the plot go to ``benchmarks/results/``.
+Every finished piece is written down at once, so an interrupted run goes on where it stopped, and two processes may
+share the work with ``--only`` and ``--kinds``. Run as ``python benchmarks/accuracy.py``; results and the plot go to
+``benchmarks/results/``.
 """
 
 import argparse
@@ -53,7 +54,7 @@ class Setting:
 
     ranks: tuple[int, ...] = (64, 32, 16, 16, 8, 8, 4, 4, 4, 4)
     rounds: int = 10
-    steps: int = 10
+    steps: int = 30
     batch_size: int = 8
     learning_rate: float = 1e-3
     head_learning_rate: float = 2e-2
@@ -264,6 +265,8 @@ def run_missing(
                 began = time.process_time()
                 run = {"piece": piece, "data": kind, "seed": seed, **work(bench, kind, seed)}
                 run["cpu_s"] = round(time.process_time() - began, 1)
+                if out.exists():  # another process may have added its pieces meanwhile
+                    document = json.loads(out.read_text())
                 document["runs"].append(run)
                 out.parent.mkdir(parents=True, exist_ok=True)
                 out.write_text(json.dumps(document, indent=1) + "\n")
