@@ -35,10 +35,11 @@ from pomona.aggregation.heads import average_heads
 from pomona.aggregation.weights import example_weights
 from pomona.base_model import find_base_model
 from pomona.batches import Encoded, batches
-from pomona.client.train import Trained, seed_of, train_locally
+from pomona.client.train import Trained, train_locally
 from pomona.datasets import Dataset, Split, class_names, load_dataset
 from pomona.lora_model import AdaptedModel
 from pomona.partition import partition_dirichlet, partition_iid
+from pomona.seeds import seed_of
 from pomona.settings import TrainingSettings
 
 RESULTS = Path(__file__).parent / "results"

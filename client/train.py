@@ -1,6 +1,5 @@
 """Local LoRA training on one client: the global adapter stays frozen, a fresh one is trained. Knows no network."""
 
-import hashlib
 import math
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ from pomona.adapters import AdapterWeights
 from pomona.batches import Encoded, batches
 from pomona.errors import ConfigError
 from pomona.lora_model import AdaptedModel
+from pomona.protocol import Initial, Trains
 from pomona.settings import TrainingSettings
 
 
@@ -38,8 +38,11 @@ def train_locally(
     training: TrainingSettings,
     adapter_seed: int,
     batch_seed: int,
+    trainable: int = 0,
+    trains: Trains = "both",
+    initial: Initial = "uniform",
 ) -> Trained:
-    """Train a fresh adapter of the client's rank over the global one.
+    """Train an adapter over the frozen global one, or over a part of it from the rest.
 
     The same arguments give the same bytes on the same machine.
 
@@ -51,13 +54,25 @@ def train_locally(
         training: Epochs, batch size, learning rates, scale.
         adapter_seed: Shared by all clients of the round; decides the fresh A.
         batch_seed: The client's own; decides the order of examples.
+        trainable: Leading components of the global adapter that are trained on.
+        trains: The factors that are trained.
+        initial: How fresh rows of A are drawn.
 
     Raises:
         PayloadError: The global adapter does not fit the model.
         ConfigError: The loss became NaN or infinite.
     """
     alpha = training.alpha_per_rank * rank
-    model.attach(start, rank=rank, alpha=alpha, rslora=training.rslora, seed=adapter_seed)
+    model.attach(
+        start,
+        rank=rank,
+        alpha=alpha,
+        rslora=training.rslora,
+        seed=adapter_seed,
+        trainable=trainable,
+        trains=trains,
+        initial=initial,
+    )
     lora, heads = model.parameters()
     optimizer = torch.optim.AdamW(
         [
@@ -82,9 +97,3 @@ def train_locally(
     if not math.isfinite(mean):
         raise ConfigError(f"training diverged, its mean loss is {mean}; lower the learning rates of the run")
     return Trained(weights=model.local_weights(), loss=mean, steps=len(losses))
-
-
-def seed_of(*parts: object) -> int:
-    """Return a 63-bit seed that is a function of its parts, the same on every machine."""
-    text = ":".join(map(str, parts))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

@@ -12,15 +12,16 @@ from dataclasses import dataclass
 from pydantic import ValidationError
 
 from pomona import __version__
-from pomona.adapters import AdapterUpdate
+from pomona.adapters import AdapterUpdate, AdapterWeights
 from pomona.base_model import check_base_model, find_base_model, is_packaged
 from pomona.batches import Encoded
-from pomona.client.train import seed_of, train_locally
+from pomona.client.train import train_locally
 from pomona.datasets import Dataset, check_labels
 from pomona.errors import BaseModelError, ConfigError, PayloadError, PomonaError
 from pomona.lora_model import AdaptedModel
 from pomona.protocol import ENROL, TRAIN, Enrolled, Invitation, TrainRequest, refusal
-from pomona.wire import decode_weights, encode_update
+from pomona.seeds import fresh_a, seed_of
+from pomona.wire import Factor, decode_weights, encode_update
 
 _log = logging.getLogger(__name__)
 
@@ -105,16 +106,20 @@ class Trainer:
 
     def _train(self, request: TrainRequest, payload: bytes) -> Answer:
         model, data = self._prepare(request.invitation)
-        start, _ = decode_weights(payload)
+        if request.rank > self._profile.rank:
+            raise ConfigError(f"asked to train rank {request.rank}, this client takes at most {self._profile.rank}")
         run_id, number = request.invitation.run_id, request.round_number
         trained = train_locally(
             model,
             data,
-            start=start,
-            rank=self._profile.rank,
+            start=_start(request, payload, model),
+            rank=request.rank,
             training=request.training,
-            adapter_seed=seed_of(request.seed, number),
+            adapter_seed=request.adapter_seed,
             batch_seed=seed_of(request.seed, number, self._profile.name),
+            trainable=request.trainable,
+            trains=request.trains,
+            initial=request.initial,
         )
         update = AdapterUpdate(
             client=self._profile.name,
@@ -122,8 +127,8 @@ class Trainer:
             round_number=number,
             parent=request.parent,
             base_sha256=model.manifest.base_sha256,
-            rank=self._profile.rank,
-            alpha=request.training.alpha_per_rank * self._profile.rank,
+            rank=request.rank,
+            alpha=request.training.alpha_per_rank * request.rank,
             rslora=request.training.rslora,
             num_examples=len(data),
             nonce=secrets.token_hex(16),
@@ -131,7 +136,8 @@ class Trainer:
             train_loss=trained.loss,
         )
         _log.info("%s: round %d, %d steps, training loss %.3f", update.client, number, trained.steps, trained.loss)
-        return "update", "{}", encode_update(update)
+        untrained: Factor | None = {"both": None, "a": "b", "b": "a"}[request.trains]
+        return "update", "{}", encode_update(update, without=untrained)
 
     def _prepare(self, invitation: Invitation) -> tuple[AdaptedModel, Encoded]:
         """Return the model and the client's data; loaded once per run.
@@ -160,6 +166,16 @@ class Trainer:
         return self._model[1]
 
 
+def _start(request: TrainRequest, payload: bytes, model: AdaptedModel) -> AdapterWeights:
+    if not request.draws_a:
+        return decode_weights(payload)[0]
+    known = {
+        name: fresh_a(name, request.trainable, in_, seed=request.adapter_seed)
+        for name, (_, in_) in model.manifest.layers.items()
+    }
+    return decode_weights(payload, known=known, known_factor="a")[0]
+
+
 def _checked_data(invitation: Invitation, profile: Profile) -> Dataset:
     if invitation.pomona_version != __version__:
         raise ConfigError(
@@ -168,6 +184,11 @@ def _checked_data(invitation: Invitation, profile: Profile) -> Dataset:
     if profile.rank > invitation.max_rank:
         raise ConfigError(
             f"expected a rank of at most max_rank={invitation.max_rank}, got {profile.rank}; join with a lower --rank"
+        )
+    if profile.rank < invitation.min_rank:
+        raise ConfigError(
+            f"all clients of this run train rank {invitation.min_rank}, got {profile.rank}; join with a higher --rank, "
+            "or choose a strategy of unequal ranks"
         )
     dataset = profile.load_data(invitation.task)
     if invitation.task == "classification":

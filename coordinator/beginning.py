@@ -64,4 +64,5 @@ def begin_run(registry: Registry, settings: RunSettings, *, run_id: str) -> Invi
         max_length=settings.model.max_length,
         labels=held_out.labels,
         max_rank=settings.aggregation.max_rank,
+        min_rank=settings.aggregation.rank or 1,
     )

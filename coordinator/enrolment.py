@@ -114,8 +114,9 @@ class Roster:
             return f"it runs pomona {answer.pomona_version}, the coordinator {__version__}"
         if answer.base_sha256 != invitation.base_sha256:
             return f"its base model has sha256 {answer.base_sha256[:12]}, the run's {invitation.base_sha256[:12]}"
-        if answer.rank > invitation.max_rank:
-            return f"its rank {answer.rank} is above max_rank={invitation.max_rank}"
+        if not invitation.min_rank <= answer.rank <= invitation.max_rank:
+            low, high = invitation.min_rank, invitation.max_rank
+            return f"its rank {answer.rank} is " + (f"above max_rank={high}" if answer.rank > high else f"below {low}")
         holder = self.nodes.get(answer.name)
         if holder is not None and holder != node and holder in online:
             self._heirs[node] = answer.name

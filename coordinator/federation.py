@@ -20,14 +20,15 @@ from pomona.batches import Encoded
 from pomona.coordinator.beginning import begin_run, load_held_out
 from pomona.coordinator.enrolment import Introduction, Roster, choose_cohort
 from pomona.coordinator.replies import Reply, collect, pull
-from pomona.coordinator.strategy import Aggregate, BoundedFlora
+from pomona.coordinator.strategy import Aggregate, LoraStrategy
 from pomona.errors import NotEnoughClients, PayloadError, PomonaError
 from pomona.lora_model import AdaptedModel, Scores
 from pomona.messages import pack, unpack
 from pomona.protocol import ENROL, Invitation
 from pomona.settings import RunSettings
-from pomona.storage.records import NewVersion, Version
+from pomona.storage.records import Exactness, NewVersion, Version
 from pomona.storage.registry import Registry
+from pomona.strategies import BY_NAME as FACTS
 from pomona.wire import encode_weights
 
 _log = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ class _Federation:
         )
         self._roster = Roster()
         self._invited: dict[str, int] = {}
-        self._strategy = BoundedFlora(
+        self._strategy = LoraStrategy(
             settings=settings,
             invitation=invitation,
             manifest=self._model.manifest,
@@ -133,7 +134,7 @@ class _Federation:
                 payload=payload,
                 base_sha256=self._invitation.base_sha256,
                 rank=aggregate.weights.rank,
-                exactness="exact" if min(energy) >= 1.0 else "truncated",
+                exactness=_exactness(settings, min(energy)),
                 retained_energy=min(energy),
                 recipe={
                     "strategy": settings.aggregation.strategy,
@@ -236,6 +237,12 @@ class _Federation:
 
     def _online(self) -> list[int]:
         return list(self._grid.get_node_ids())
+
+
+def _exactness(settings: RunSettings, energy: float) -> Exactness:
+    if not FACTS[settings.aggregation.strategy].exact:
+        return "approximate"
+    return "exact" if energy >= 1.0 else "truncated"
 
 
 def _why(clients: Sequence[object]) -> str:

@@ -1,11 +1,7 @@
-"""Bounded FLoRA as a Flower strategy: the global adapter goes out, updates come back, their exact sum is truncated.
+"""A run's aggregation strategy in Flower's terms: assignments go out, updates come back and become the next adapter.
 
-With global adapter ``G``, weights ``p_k = n_k / sum n``, scales ``s_k`` and updates ``B_k A_k`` (FLoRA eq. 5)::
-
-    G' = truncate(G + sum_k p_k s_k B_k A_k)
-
-The sum is exact, by stacking; the truncation to ``max_rank`` is optimal, and what it loses is reported. Updates are
-taken one by one as they come: each is checked, then recorded, before it counts.
+What clients are given and how their updates are put together is for :mod:`pomona.aggregation.strategies` to say.
+Updates are taken one by one as they come: each is checked, then recorded, before it counts.
 """
 
 import logging
@@ -13,16 +9,19 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
+from torch import Tensor
 
-from pomona.adapters import AdapterUpdate, AdapterWeights
-from pomona.aggregation.flora import aggregate_layers
+from pomona.adapters import AdapterUpdate, AdapterWeights, LoraFactors
 from pomona.aggregation.heads import average_heads
-from pomona.aggregation.verify import Expected, verify_update
+from pomona.aggregation.server_optimizer import OptimizerState, server_step
+from pomona.aggregation.strategies import BY_NAME
+from pomona.aggregation.strategies.contract import Assignment, Contribution, Rules
+from pomona.aggregation.strategies.start import starting_factors
+from pomona.aggregation.verify import Enrolment, Expected, verify_update
 from pomona.aggregation.weights import example_weights
 from pomona.coordinator.enrolment import Roster
 from pomona.coordinator.replies import Reply
@@ -33,7 +32,7 @@ from pomona.protocol import Invitation, Refusal, TrainRequest
 from pomona.settings import RunSettings
 from pomona.storage.records import NewSubmission, SubmissionStatus
 from pomona.storage.registry import Registry
-from pomona.wire import decode_update, digest, encode_weights
+from pomona.wire import Factor, decode_update, digest, encode_weights
 
 _log = logging.getLogger(__name__)
 
@@ -65,17 +64,29 @@ class Aggregate:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What all clients of one rank are asked in one round."""
+
+    assignment: Assignment
+    request: str
+    payload: bytes
+    known: Mapping[str, Tensor]  # by module, the factor that is not trained
+    known_factor: Factor | None
+
+
 @dataclass(slots=True)
 class _Round:
     number: int
     cohort: Sequence[str]
     began: float
+    work: dict[int, _Work] = field(default_factory=dict)  # by the rank that clients enrolled with
     bytes_down: int = 0
     bytes_up: int = 0
     accepted: dict[str, AdapterUpdate] = field(default_factory=dict)
 
 
-class BoundedFlora(Strategy):
+class LoraStrategy(Strategy):
     """The state of a run between rounds: the global adapter, and what has been seen.
 
     Attributes:
@@ -100,6 +111,20 @@ class BoundedFlora(Strategy):
         self._seen_nonces: set[str] = set()
         self._seen_digests: set[str] = set()
         self._round = _Round(0, (), 0.0)
+        limits, training = settings.aggregation, settings.training
+        self._method = BY_NAME[limits.strategy]
+        self._optimizer_state = OptimizerState()
+        self._rules = Rules(
+            shapes=manifest.layers,
+            seed=settings.seed,
+            max_rank=limits.max_rank,
+            energy=limits.energy,
+            alpha_per_rank=training.alpha_per_rank,
+            rslora=training.rslora,
+            rank=limits.rank or limits.max_rank,
+            warm_start=limits.warm_start,
+            rank_partitioned=limits.rank_partitioned,
+        )
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -111,18 +136,13 @@ class BoundedFlora(Strategy):
         del arrays, grid
         cohort = [str(name) for name in config["cohort"]]  # type: ignore[union-attr]
         self._round = _Round(server_round, cohort, time.monotonic())
-        payload = encode_weights(self.weights, metadata={"format": "global/1", "parent": self.parent})
-        request = TrainRequest(
-            invitation=self._invitation,
-            round_number=server_round,
-            parent=self.parent,
-            seed=self._settings.seed,
-            training=self._settings.training,
-        ).model_dump_json()
-        self._round.bytes_down = len(payload) * len(cohort)
+        for rank in sorted({self._roster.members[name].rank for name in cohort}):
+            self._round.work[rank] = self._work(server_round, rank)
+        work = {name: self._round.work[self._roster.members[name].rank] for name in cohort}
+        self._round.bytes_down = sum(len(each.payload) for each in work.values())
         return [
             Message(
-                pack("train", request, payload),
+                pack("train", work[name].request, work[name].payload),
                 dst_node_id=self._roster.nodes[name],
                 message_type=MessageType.TRAIN,
                 ttl=self._settings.cohort.round_deadline_s + _TTL_MARGIN_S,
@@ -183,19 +203,18 @@ class BoundedFlora(Strategy):
                 f"from a cohort of {len(self._round.cohort)}; `pomona registry lineage` and the log say why"
             )
         weights = example_weights([update.num_examples for update in updates])
-        limits = self._settings.aggregation
-        layers, energy = aggregate_layers(
+        layers, energy = self._method.aggregate(
             self.weights.layers,
-            [self._scaled(update) for update in updates],
-            weights=weights,
-            max_rank=limits.max_rank,
-            energy=limits.energy,
+            [Contribution(layers=self._scaled(u), weight=w) for u, w in zip(updates, weights, strict=True)],
+            round_number=self._round.number,
+            rules=self._rules,
         )
         heads = average_heads([update.weights.heads for update in updates], weights=weights)
+        after, kept = self._optimized(AdapterWeights(layers=layers, heads=heads), energy)
         return Aggregate(
-            weights=AdapterWeights(layers=layers, heads=heads),
+            weights=after,
             client_weights={update.client: weight for update, weight in zip(updates, weights, strict=True)},
-            retained_energy=energy,
+            retained_energy=kept,
             train_loss=sum(w * u.train_loss for u, w in zip(updates, weights, strict=True)),
             bytes_down=self._round.bytes_down,
             bytes_up=self._round.bytes_up,
@@ -218,11 +237,65 @@ class BoundedFlora(Strategy):
         """Log what this strategy does."""
         limits = self._settings.aggregation
         _log.info(
-            "flora-bounded: max_rank %d, energy %g, %d rounds",
+            "%s: max_rank %d, energy %g, %d rounds",
+            limits.strategy,
             limits.max_rank,
             limits.energy,
             self._settings.rounds,
         )
+
+    def _work(self, number: int, rank: int) -> _Work:
+        assignment = self._method.assign(self.weights.layers, rank=rank, round_number=number, rules=self._rules)
+        request = TrainRequest(
+            invitation=self._invitation,
+            round_number=number,
+            parent=self.parent,
+            seed=self._settings.seed,
+            training=self._settings.training,
+            rank=assignment.rank,
+            trainable=assignment.trainable,
+            trains=assignment.trains,
+            adapter_seed=assignment.adapter_seed,
+            initial=assignment.initial,
+            draws_a=assignment.draws_a,
+        ).model_dump_json()
+        payload = encode_weights(
+            AdapterWeights(layers=assignment.layers, heads=self.weights.heads),
+            metadata={"format": "global/1", "parent": self.parent},
+            without="a" if assignment.draws_a else None,
+        )
+        known, known_factor = self._untrained(assignment)
+        return _Work(assignment, request, payload, known, known_factor)
+
+    def _untrained(self, assignment: Assignment) -> tuple[dict[str, Tensor], Factor | None]:
+        if assignment.trains == "both":
+            return {}, None
+        start = starting_factors(assignment, self._rules)
+        if assignment.trains == "b":
+            return {name: factors.a for name, factors in start.items()}, "a"
+        return {name: factors.b for name, factors in start.items()}, "b"
+
+    def _optimized(
+        self, after: AdapterWeights, energy: Mapping[str, float]
+    ) -> tuple[AdapterWeights, Mapping[str, float]]:
+        limits = self._settings.aggregation
+        if limits.server_optimizer.kind == "fedavg" and limits.server_optimizer.learning_rate == 1.0:
+            return after, energy
+        weights, self._optimizer_state, kept = server_step(
+            self.weights,
+            after,
+            self._optimizer_state,
+            settings=limits.server_optimizer,
+            max_rank=limits.max_rank,
+            energy=limits.energy,
+        )
+        return weights, {name: share * kept.get(name, 1.0) for name, share in energy.items()}
+
+    def _asked(self, client: str) -> Enrolment:
+        """Return what a client enrolled with, at the rank that it is to train."""
+        member = self._roster.members[client]
+        rank = self._round.work[member.rank].assignment.rank
+        return replace(member, rank=rank, alpha=self._settings.training.alpha_per_rank * rank)
 
     def _payload(self, client: str, reply: Reply) -> bytes:
         if isinstance(reply, PayloadError):
@@ -240,9 +313,10 @@ class BoundedFlora(Strategy):
         limits = self._settings.aggregation
         if client not in self._roster.members or client not in self._round.cohort:
             raise UpdateRejected(client, f"it was not asked in round {self._round.number}")
-        if len(payload) > (limit := self._largest_payload(self._roster.members[client].rank)):
+        asked, work = self._asked(client), self._round.work[self._roster.members[client].rank]
+        if len(payload) > (limit := self._largest_payload(asked.rank)):
             raise UpdateRejected(client, f"expected at most {limit} bytes for its rank, got {len(payload)}")
-        update = decode_update(payload)
+        update = decode_update(payload, known=work.known, known_factor=work.known_factor)
         expected = Expected(
             run_id=self._invitation.run_id,
             round_number=self._round.number,
@@ -254,7 +328,7 @@ class BoundedFlora(Strategy):
         )
         if client in self._round.accepted or update.nonce in self._seen_nonces or digest(payload) in self._seen_digests:
             raise UpdateRejected(client, "a second copy of an update that has been counted")
-        verify_update(update, enrolment=self._roster.members[client], expected=expected)
+        verify_update(update, enrolment=asked, expected=expected)
         return update
 
     def _largest_payload(self, rank: int) -> int:
@@ -262,8 +336,8 @@ class BoundedFlora(Strategy):
         heads = sum(math.prod(shape) for shape in self._manifest.heads.values())
         return _FLOAT32_BYTES * (factors + heads) + _MAX_HEADER_BYTES
 
-    def _scaled(self, update: AdapterUpdate) -> Mapping[str, Any]:
-        scale = self._roster.members[update.client].scale
+    def _scaled(self, update: AdapterUpdate) -> Mapping[str, LoraFactors]:
+        scale = self._asked(update.client).scale
         return {name: replace(factors, scale=scale) for name, factors in update.weights.layers.items()}
 
     def _record(

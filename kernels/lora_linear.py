@@ -45,7 +45,7 @@ def lora_linear(
         x: Inputs ``(..., K)``.
         weight: Frozen weight ``(N, K)``; gets no gradient.
         bias: Frozen bias ``(N,)``, or None.
-        trainable: ``A (r, K)``, ``B (N, r)`` and the scale ``s``; both factors get gradients.
+        trainable: ``A (r, K)``, ``B (N, r)`` and the scale ``s``; factors that require gradients get them.
         frozen: ``A_f (f, K)`` and ``B_f (N, f)`` with their scale folded in, or None.
 
     Returns:
@@ -87,6 +87,6 @@ class _LoraLinear(torch.autograd.Function):
         dx = None
         if ctx.needs_input_grad[0]:
             dx = (dy @ weight).addmm_(d_hidden, a_all).view(ctx.shape)
-        da = d_hidden[:, :rank].T @ rows
-        db = (dy.T @ hidden).mul_(ctx.scale)
+        da = d_hidden[:, :rank].T @ rows if ctx.needs_input_grad[3] else None
+        db = (dy.T @ hidden).mul_(ctx.scale) if ctx.needs_input_grad[4] else None
         return dx, None, None, da, db, None, None, None

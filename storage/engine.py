@@ -124,6 +124,30 @@ def keep_log(engine: sa.Engine) -> None:
                 raw.cursor().execute("PRAGMA journal_mode = WAL")
 
 
+@contextmanager
+def without_foreign_keys(engine: sa.Engine) -> Iterator[sa.Engine]:
+    """Lend an engine on which SQLite does not enforce foreign keys, so that a migration can rebuild a table.
+
+    They cannot be switched off within a transaction, and dropping the old table would empty those that refer to it.
+    Elsewhere it is the same engine.
+    """
+    if engine.dialect.name != "sqlite":
+        yield engine
+        return
+    lent = sa.create_engine(engine.url, poolclass=sa.NullPool)
+    event.listen(lent, "connect", _prepare_sqlite)
+    event.listen(lent, "connect", _ignore_foreign_keys)
+    event.listen(lent, "begin", _begin_sqlite)
+    try:
+        yield lent
+    finally:
+        lent.dispose()
+
+
+def _ignore_foreign_keys(connection: DBAPIConnection, _record: ConnectionPoolEntry) -> None:
+    connection.cursor().execute("PRAGMA foreign_keys = OFF")
+
+
 def _prepare_sqlite(connection: DBAPIConnection, _record: ConnectionPoolEntry) -> None:
     connection.isolation_level = None  # the driver would otherwise leave DDL outside transactions
     cursor = connection.cursor()

@@ -8,7 +8,7 @@ from typing import Literal
 RunState = Literal["running", "finished", "failed"]
 RoundState = Literal["open", "committed", "failed"]
 SubmissionStatus = Literal["accepted", "rejected", "late"]
-Exactness = Literal["exact", "truncated"]
+Exactness = Literal["exact", "truncated", "approximate", "behavioural"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +85,7 @@ class NewVersion:
         payload: The adapter's safetensors bytes, scale folded in.
         base_sha256: Hash of the base model's weights.
         rank: Largest rank of any layer.
-        exactness: Whether the aggregate was kept whole or truncated.
+        exactness: Whether the aggregate was kept whole, truncated, or is not the mean of what clients trained.
         retained_energy: Share of the aggregate's energy that was kept, smallest over layers.
         recipe: How it was made: ``task``, ``strategy``, ``labels`` and whatever else explains it.
         metrics: Scores of this version.

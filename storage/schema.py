@@ -14,7 +14,7 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
 from pomona.errors import RegistryUnavailable, SchemaTooNew
-from pomona.storage.engine import keep_log, reading, writing
+from pomona.storage.engine import keep_log, reading, without_foreign_keys, writing
 
 _ADVISORY_LOCK = 0x706F6D6F6E61
 _one_thread = threading.Lock()  # alembic's `op` and `context` belong to the process
@@ -56,7 +56,7 @@ def prepare(engine: sa.Engine, *, lock: Path | None, read_only: bool) -> None:
 
 
 def _upgrade(engine: sa.Engine, config: Config) -> None:
-    with writing(engine) as connection:
+    with without_foreign_keys(engine) as unbound, writing(unbound) as connection:
         if connection.dialect.name == "postgresql":
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_ADVISORY_LOCK)))
         config.attributes["connection"] = connection

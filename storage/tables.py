@@ -120,7 +120,7 @@ version = sa.Table(
     sa.UniqueConstraint("run_id", "round"),
     sa.CheckConstraint("version > 0", name="version_is_positive"),
     sa.CheckConstraint("(run_id IS NULL) = (round IS NULL)", name="run_and_round_go_together"),
-    sa.CheckConstraint("exactness IN ('exact', 'truncated')", name="exactness"),
+    sa.CheckConstraint("exactness IN ('exact', 'truncated', 'approximate', 'behavioural')", name="exactness"),
 )
 
 round_ = sa.Table(

@@ -29,7 +29,7 @@ def _rule(rooms: str, never: str, only: str | None = None) -> Rule:
     return Rule(frozenset(rooms.split()), frozenset(never.split()), None if only is None else frozenset(only.split()))
 
 
-RECORDS = {"adapters", "errors", "settings", "manifest", "protocol", "payload"}
+RECORDS = {"adapters", "errors", "settings", "manifest", "protocol", "payload", "seeds", "strategies"}
 ROOMS = {
     "aggregation": _rule("records spine kernels", "flwr sqlalchemy ray peft opacus"),
     "client": _rule("records spine kernels", "sqlalchemy alembic ray"),

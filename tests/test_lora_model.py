@@ -19,7 +19,8 @@ from pomona.base_model import base_model_sha256, check_base_model, find_base_mod
 from pomona.batches import Encoded, batches, collate
 from pomona.client.train import train_locally
 from pomona.errors import BaseModelError, DataError, PayloadError
-from pomona.lora_model import AdaptedModel, Task, fresh_a
+from pomona.lora_model import AdaptedModel, Task
+from pomona.seeds import fresh_a
 from pomona.settings import TrainingSettings
 
 LABELS = ("animal", "food", "tool", "weather")

@@ -22,7 +22,15 @@ INVITATION = {
     "labels": ["x"],
     "max_rank": 8,
 }
-REQUEST = {"invitation": INVITATION, "round_number": 1, "parent": "", "seed": 0, "training": {}}
+REQUEST = {
+    "invitation": INVITATION,
+    "round_number": 1,
+    "parent": "",
+    "seed": 0,
+    "training": {},
+    "rank": 4,
+    "adapter_seed": 1,
+}
 
 
 def test_plain_records_are_taken() -> None:
@@ -49,7 +57,21 @@ def test_what_a_coordinator_may_not_say(change: dict[str, object]) -> None:
         Invitation.model_validate_json(json.dumps({**INVITATION, **change}))
 
 
-@pytest.mark.parametrize("change", [{"round_number": 2**64}, {"parent": "p" * 300}, {"seed": -1}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"round_number": 2**64},
+        {"parent": "p" * 300},
+        {"seed": -1},
+        {"rank": 0},
+        {"rank": 10**9},
+        {"trainable": -1},
+        {"trains": "c"},
+        {"initial": "zeros"},
+        {"adapter_seed": 2**63},
+        {"draws_a": 1},
+    ],
+)
 def test_what_a_request_may_not_say(change: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         TrainRequest.model_validate_json(json.dumps({**REQUEST, **change}))

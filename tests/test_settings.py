@@ -123,6 +123,34 @@ WRONG: dict[str, tuple[str, tuple[str, ...]]] = {
     "max_rank 0": ('name = "a"\n[aggregation]\nmax_rank = 0', ("aggregation.max_rank", "got 0")),
     "energy 0": ('name = "a"\n[aggregation]\nenergy = 0.0', ("aggregation.energy", "got 0.0")),
     "unknown strategy": ('name = "a"\n[aggregation]\nstrategy = "fedavg"', ("'flora-bounded'", "got 'fedavg'")),
+    "equal ranks without a rank": (
+        'name = "a"\n[aggregation]\nstrategy = "fedit"',
+        ("aggregation.rank goes with the strategies of equal ranks (fedex, fedit, ffa, rolora)", "rank=None"),
+    ),
+    "a rank for unequal ranks": (
+        'name = "a"\n[aggregation]\nrank = 8',
+        ("aggregation.rank goes with the strategies of equal ranks", "got strategy='flora-bounded' and rank=8"),
+    ),
+    "an equal rank above max_rank": (
+        'name = "a"\n[aggregation]\nstrategy = "ffa"\nrank = 65',
+        ("aggregation.rank=65 is above aggregation.max_rank=64",),
+    ),
+    "a warm start elsewhere": (
+        'name = "a"\n[aggregation]\nstrategy = "flora"\nwarm_start = true',
+        ("aggregation.warm_start is for flora-bounded, got strategy='flora'",),
+    ),
+    "partitioned weights elsewhere": (
+        'name = "a"\n[aggregation]\nrank_partitioned = true',
+        ("aggregation.rank_partitioned is for flexlora, hetlora, got strategy='flora-bounded'",),
+    ),
+    "a server optimiser elsewhere": (
+        'name = "a"\n[aggregation]\nstrategy = "flexlora"\n[aggregation.server_optimizer]\nkind = "fedavgm"',
+        ("aggregation.server_optimizer is for ffa-nested, flora-bounded, got strategy='flexlora'",),
+    ),
+    "momentum 1": (
+        'name = "a"\n[aggregation.server_optimizer]\nkind = "fedavgm"\nmomentum = 1.0',
+        ("aggregation.server_optimizer.momentum", "less than 1, got 1.0"),
+    ),
     "NaN": ('name = "a"\n[training]\nlearning_rate = nan', ("training.learning_rate", "finite number", "got nan")),
     "infinity": ('name = "a"\n[training]\nweight_decay = inf', ("training.weight_decay", "finite number", "got inf")),
     "a negative rate": ('name = "a"\n[training]\nlearning_rate = -0.1', ("training.learning_rate", "got -0.1")),

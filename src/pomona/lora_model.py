@@ -6,7 +6,6 @@ Dropout is off throughout: on a CPU it costs more than it brings to an adapter t
 """
 
 import hashlib
-import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +31,8 @@ from pomona.batches import Encoded, batches, collate, encode
 from pomona.errors import BaseModelError, DataError, PayloadError
 from pomona.kernels.lora_linear import lora_linear
 from pomona.manifest import AdapterManifest
+from pomona.protocol import Initial, Trains
+from pomona.seeds import fresh_a, generator_of, orthonormal_a
 
 Task = Literal["classification", "causal-lm"]
 
@@ -110,7 +111,7 @@ class AdaptedModel:
         """Return the heads that a run starts from: weights N(0, 0.02^2), biases zero."""
         heads = {}
         for name, shape in self.manifest.heads.items():
-            generator = _generator(f"head:{seed}:{name}")
+            generator = generator_of("head", seed, name)
             heads[name] = (
                 torch.randn(shape, generator=generator) * _HEAD_STDDEV if len(shape) > 1 else torch.zeros(shape)
             )
@@ -124,18 +125,25 @@ class AdaptedModel:
         alpha: float = 1.0,
         rslora: bool = False,
         seed: int = 0,
+        trainable: int = 0,
+        trains: Trains = "both",
+        initial: Initial = "uniform",
     ) -> None:
-        """Put a global adapter on the base, frozen, and a fresh trainable one over it.
+        """Put a global adapter on the base, frozen, and a trainable one over it.
 
-        The fresh adapter has ``B = 0``, so the model computes what the global one computes. Its A is a function of
-        ``seed`` and the layer alone, and that of a smaller rank is the first rows of that of a larger one.
+        The trainable adapter takes over the first ``trainable`` components of each layer of the global one; what it
+        has beyond them is fresh, with ``B = 0``, so the model computes what the global adapter computes. Fresh rows of
+        A are a function of ``seed`` and the layer alone, and those of a smaller rank are the first of a larger one.
 
         Args:
             weights: The global adapter, with the scale folded in, and the heads.
-            rank: Of the fresh adapter; 0: none, for scoring.
-            alpha: LoRA alpha of the fresh adapter.
+            rank: Of the trainable adapter; 0: none, for scoring.
+            alpha: LoRA alpha of the trainable adapter.
             rslora: Scale by ``alpha / sqrt(rank)``.
             seed: Shared by all clients of a round.
+            trainable: Leading components of the global adapter to train on, at most ``rank``.
+            trains: The factors that get gradients.
+            initial: How fresh rows of A are drawn.
 
         Raises:
             PayloadError: The global adapter has other layers, heads or shapes than this model.
@@ -144,10 +152,14 @@ class AdaptedModel:
         self.detach()
         if rank:
             self._add(_LOCAL, rank, alpha, rslora=rslora)
-        if weights.layers:
-            self._add(_GLOBAL, weights.rank, weights.rank)
+        if (frozen_rank := weights.rank - trainable) > 0:
+            self._add(_GLOBAL, frozen_rank, frozen_rank)
+        draw = orthonormal_a if initial == "orthonormal" else fresh_a
         for name, layer in self._lora_layers():
-            _fill(layer, name, weights.layers.get(name), seed=seed)
+            _fill_frozen(layer, weights.layers.get(name), skip=trainable)
+            if rank:
+                a = draw(name, rank, self.manifest.layers[name][1], seed=seed)
+                _fill_trainable(layer, a, weights.layers.get(name), take=trainable, trains=trains)
             layer.forward = MethodType(_fused_forward, layer)  # type: ignore[method-assign]
         self._set_heads(weights, trainable=rank > 0)
 
@@ -159,7 +171,8 @@ class AdaptedModel:
 
     def parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Return the trainable LoRA factors and the trainable head parameters."""
-        lora = [parameter for _, layer in self._lora_layers() for parameter in _factors(layer, _LOCAL)]
+        factors = [parameter for _, layer in self._lora_layers() for parameter in _factors(layer, _LOCAL)]
+        lora = [parameter for parameter in factors if parameter.requires_grad]
         named = dict(self._model.named_parameters())
         return lora, [named[name] for name in self._head_names]
 
@@ -242,16 +255,6 @@ class AdaptedModel:
             named[name].requires_grad_(trainable)
 
 
-def fresh_a(module: str, rank: int, in_features: int, *, seed: int) -> Tensor:
-    """Return the down-projection that every client starts a round from, ``(rank, in)``.
-
-    Uniform in ``[-1/sqrt(in), 1/sqrt(in)]``, which is PEFT's Kaiming initialisation. One stream of numbers fills
-    the rows in order, so a smaller rank gets the first rows of a larger one.
-    """
-    bound = 1.0 / math.sqrt(in_features)
-    return (torch.rand(rank, in_features, generator=_generator(f"lora_A:{seed}:{module}")) * 2 - 1) * bound
-
-
 def _load(path: Path, task: Task, num_labels: int) -> tuple[PreTrainedModel, Any]:
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -298,22 +301,28 @@ def _linear_layers(model: PreTrainedModel, wanted: Sequence[str], heads: Sequenc
     return found
 
 
-def _fill(layer: LoraLayer, name: str, factors: LoraFactors | None, *, seed: int) -> None:
-    if _LOCAL in layer.lora_A:
-        a, b = _factors(layer, _LOCAL)
-        a.data.copy_(fresh_a(name, a.shape[0], a.shape[1], seed=seed))
-        b.data.zero_()
-        a.requires_grad_(True)
-        b.requires_grad_(True)
-    if _GLOBAL in layer.lora_A:
-        a, b = _factors(layer, _GLOBAL)
-        a.data.zero_()
-        b.data.zero_()
-        a.requires_grad_(False)
-        b.requires_grad_(False)
-        if factors is not None:
-            a.data[: factors.rank].copy_(factors.a * factors.scale)
-            b.data[:, : factors.rank].copy_(factors.b)
+def _fill_trainable(layer: LoraLayer, fresh: Tensor, factors: LoraFactors | None, *, take: int, trains: Trains) -> None:
+    a, b = _factors(layer, _LOCAL)
+    a.data.copy_(fresh)
+    b.data.zero_()
+    if factors is not None and (count := min(take, factors.rank, fresh.shape[0])):
+        a.data[:count].copy_(factors.a[:count])
+        b.data[:, :count].copy_(factors.b[:, :count] * (factors.scale / layer.scaling[_LOCAL]))
+    a.requires_grad_(trains != "b")
+    b.requires_grad_(trains != "a")
+
+
+def _fill_frozen(layer: LoraLayer, factors: LoraFactors | None, *, skip: int) -> None:
+    if _GLOBAL not in layer.lora_A:
+        return
+    a, b = _factors(layer, _GLOBAL)
+    a.data.zero_()
+    b.data.zero_()
+    a.requires_grad_(False)
+    b.requires_grad_(False)
+    if factors is not None and factors.rank > skip:
+        a.data[: factors.rank - skip].copy_(factors.a[skip:] * factors.scale)
+        b.data[:, : factors.rank - skip].copy_(factors.b[:, skip:])
 
 
 def _factors(layer: LoraLayer, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
@@ -342,11 +351,6 @@ def _check_fits(weights: AdapterWeights, manifest: AdapterManifest) -> None:
     found = {name: tuple(tensor.shape) for name, tensor in weights.heads.items()}
     if found != dict(manifest.heads):
         raise PayloadError(f"the global adapter's heads are {found}, this model's are {dict(manifest.heads)}")
-
-
-def _generator(key: str) -> torch.Generator:
-    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
-    return torch.Generator().manual_seed(seed)
 
 
 def _copy(parameter: Tensor) -> Tensor:

@@ -15,6 +15,9 @@ RunId = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,100}$")]
 Reference = Annotated[str, Field(pattern=r"^[A-Za-z0-9._/@-]{0,200}$")]
 Rank = Annotated[int, Field(ge=1, le=4096)]
 
+Trains = Literal["both", "a", "b"]
+Initial = Literal["uniform", "orthonormal"]
+
 ENROL = "query"
 TRAIN = "train"
 _MAX_ERROR_CHARS = 500
@@ -37,6 +40,7 @@ class Invitation(_Record):
         max_length: Longer texts are cut, in tokens.
         labels: The classes, in order; empty for causal language models.
         max_rank: The largest rank that is accepted.
+        min_rank: The smallest: what all clients train, where a strategy needs equal ranks.
     """
 
     run_id: RunId
@@ -48,6 +52,7 @@ class Invitation(_Record):
     max_length: Annotated[int, Field(ge=1, le=8192)]
     labels: Annotated[tuple[str, ...], Field(strict=False)] = ()
     max_rank: Rank
+    min_rank: Rank = 1
 
 
 class TrainRequest(_Record):
@@ -59,6 +64,12 @@ class TrainRequest(_Record):
         parent: Reference of the global version in the payload, empty in the first round.
         seed: Seed of the run.
         training: How to train.
+        rank: Of the adapter to train, at most what the client enrolled with.
+        trainable: So many leading components of each layer of the global adapter are trained on.
+        trains: The factors that are trained and sent back.
+        adapter_seed: Of the fresh rows of A.
+        initial: How they are drawn.
+        draws_a: The payload has no A; that of the leading components is drawn from ``adapter_seed``.
     """
 
     invitation: Invitation
@@ -66,6 +77,12 @@ class TrainRequest(_Record):
     parent: Reference
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)]
     training: TrainingSettings
+    rank: Rank
+    trainable: Annotated[int, Field(ge=0, le=4096)] = 0
+    trains: Trains = "both"
+    adapter_seed: Annotated[int, Field(ge=0, le=2**63 - 1)]
+    initial: Initial = "uniform"
+    draws_a: bool = False
 
 
 class Enrolled(_Record):

@@ -17,6 +17,7 @@ from pydantic import (
 )
 
 from pomona.errors import ConfigError
+from pomona.strategies import ADDING, EQUAL_RANK, REDISTRIBUTING, StrategyName
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 AdapterName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
@@ -133,22 +134,67 @@ class TrainingSettings(_Section):
     rslora: bool = False
 
 
+class ServerOptimizerSettings(_Section):
+    """What the coordinator does with the change that a round makes.
+
+    Attributes:
+        kind: ``fedavg`` takes it as it is, ``fedavgm`` adds momentum, ``fedadam`` sizes the step of each layer too.
+        learning_rate: Of the server.
+        momentum: ``beta_1``.
+        beta_2: Memory of the second moment, for ``fedadam``.
+        tau: Added to the root of the second moment, for ``fedadam``.
+    """
+
+    kind: Literal["fedavg", "fedavgm", "fedadam"] = "fedavg"
+    learning_rate: PositiveFloat = 1.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta_2: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    tau: PositiveFloat = 1e-3
+
+
 class AggregationSettings(_Section):
     """How updates become the next global adapter.
 
     Attributes:
-        strategy: ``flora-bounded`` stacks exactly, then truncates optimally.
+        strategy: A name that ``pomona strategies`` lists.
+        rank: Rank that all clients train, for strategies that need equal ranks; the others take each client's own.
         max_rank: Rank of the global adapter, and the most a client may have.
         energy: Keep the smallest rank whose singular values hold this share of the energy.
         max_update_norm: Refuse an update with a larger Frobenius norm over all its layers and heads.
         max_examples: Refuse an update that claims more examples.
+        warm_start: Clients go on from the largest components of the global adapter, for ``flora-bounded``.
+        rank_partitioned: Average each component over the clients that have it, for ``hetlora`` and ``flexlora``.
+        server_optimizer: For ``flora-bounded`` and ``ffa-nested``.
     """
 
-    strategy: Literal["flora-bounded"] = "flora-bounded"
+    strategy: StrategyName = "flora-bounded"
+    rank: Annotated[int, Field(ge=1, le=4096)] | None = None
     max_rank: Annotated[int, Field(ge=1, le=4096)] = 64
     energy: Fraction = 1.0
     max_update_norm: PositiveFloat = 1e4
     max_examples: PositiveInt = 10_000_000
+    warm_start: bool = False
+    rank_partitioned: bool = False
+    server_optimizer: ServerOptimizerSettings = ServerOptimizerSettings()
+
+    @model_validator(mode="after")
+    def _options_fit_the_strategy(self) -> Self:
+        name = self.strategy
+        if (name in EQUAL_RANK) != (self.rank is not None):
+            raise ValueError(
+                f"aggregation.rank goes with the strategies of equal ranks ({', '.join(sorted(EQUAL_RANK))}) and no "
+                f"other; got strategy={name!r} and rank={self.rank}"
+            )
+        if self.rank is not None and self.rank > self.max_rank:
+            raise ValueError(f"aggregation.rank={self.rank} is above aggregation.max_rank={self.max_rank}; lower it")
+        for option, given, fitting in (
+            ("warm_start", self.warm_start, {"flora-bounded"}),
+            ("rank_partitioned", self.rank_partitioned, REDISTRIBUTING),
+            ("server_optimizer", self.server_optimizer.kind != "fedavg", ADDING),
+        ):
+            if given and name not in fitting:
+                raise ValueError(f"aggregation.{option} is for {', '.join(sorted(fitting))}, got strategy={name!r}")
+        return self
 
 
 class SimulationSettings(_Section):

@@ -25,13 +25,19 @@ _METADATA_KEY = "pomona"
 _WIDENED_EXACTLY = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def encode_weights(weights: AdapterWeights, *, metadata: Mapping[str, object] | None = None) -> bytes:
+Factor = Literal["a", "b"]
+
+
+def encode_weights(
+    weights: AdapterWeights, *, metadata: Mapping[str, object] | None = None, without: Factor | None = None
+) -> bytes:
     """Encode an adapter; equal adapters and metadata give equal bytes.
 
     Args:
         weights: Factors with scale 1, so that ``b @ a`` is all that a reader needs; float32, or a narrower
             float, which is widened.
         metadata: Anything that JSON can say, finite numbers only.
+        without: A factor that the reader has already.
 
     Raises:
         ValueError: A scale is not 1, a dtype would have to be rounded, a tensor or its name could not be read
@@ -41,8 +47,10 @@ def encode_weights(weights: AdapterWeights, *, metadata: Mapping[str, object] | 
     for module, factors in weights.layers.items():
         if factors.scale != 1.0:
             raise ValueError(f"layer {module!r} should have scale 1, got {factors.scale}; fold it into b first")
-        tensors[LORA_A + module] = factors.a
-        tensors[LORA_B + module] = factors.b
+        if without != "a":
+            tensors[LORA_A + module] = factors.a
+        if without != "b":
+            tensors[LORA_B + module] = factors.b
     tensors |= {HEAD + name: tensor for name, tensor in weights.heads.items()}
     try:
         text = json.dumps(dict(metadata or {}), sort_keys=True, allow_nan=False, separators=(",", ":"))
@@ -58,12 +66,20 @@ def encode_weights(weights: AdapterWeights, *, metadata: Mapping[str, object] | 
     return payload
 
 
-def decode_weights(payload: bytes, *, allow_empty_layers: bool = True) -> tuple[AdapterWeights, dict[str, object]]:
+def decode_weights(
+    payload: bytes,
+    *,
+    allow_empty_layers: bool = True,
+    known: Mapping[str, Tensor] | None = None,
+    known_factor: Factor | None = None,
+) -> tuple[AdapterWeights, dict[str, object]]:
     """Decode an adapter and its metadata; NaN and infinities are decoded as they are.
 
     Args:
         payload: What :func:`encode_weights` made, or anything else.
         allow_empty_layers: Accept an adapter without low-rank layers.
+        known: By module, the factor that did not travel.
+        known_factor: Which that is; None: both travel.
 
     Returns:
         The adapter, modules in sorted order, all scales 1; and the metadata, ``{}`` if there are none.
@@ -89,14 +105,23 @@ def decode_weights(payload: bytes, *, allow_empty_layers: bool = True) -> tuple[
         except ValueError as error:
             raise PayloadError(str(error)) from error
         found[kind][name] = _read_tensor(payload, info)
-    layers = _pair(found["lora_A"], found["lora_B"])
+    down, up = found["lora_A"], found["lora_B"]
+    if known_factor == "a":
+        down = _completed(down, known or {}, up, kind=LORA_A)
+    if known_factor == "b":
+        up = _completed(up, known or {}, down, kind=LORA_B)
+    layers = _pair(down, up)
     if not layers and not allow_empty_layers:
         raise PayloadError("expected an adapter with low-rank layers, got none")
     return AdapterWeights(layers=layers, heads=found["head"]), metadata
 
 
-def encode_update(update: AdapterUpdate) -> bytes:
+def encode_update(update: AdapterUpdate, *, without: Factor | None = None) -> bytes:
     """Encode a client's update, its factors unscaled (``scale == 1`` in the record).
+
+    Args:
+        update: The update.
+        without: A factor that was not trained, which the coordinator has.
 
     Raises:
         ValueError: As in :func:`encode_weights`, or a field could not be read back.
@@ -106,16 +131,23 @@ def encode_update(update: AdapterUpdate) -> bytes:
         stated = _UpdateFacts(format=_UPDATE_FORMAT, **facts)
     except ValidationError as error:
         raise ValueError(f"the update cannot be sent: {_explain(error)}") from error
-    return encode_weights(update.weights, metadata=stated.model_dump())
+    return encode_weights(update.weights, metadata=stated.model_dump(), without=without)
 
 
-def decode_update(payload: bytes) -> AdapterUpdate:
+def decode_update(
+    payload: bytes, *, known: Mapping[str, Tensor] | None = None, known_factor: Factor | None = None
+) -> AdapterUpdate:
     """Decode what a client states; types are checked, claims are not.
+
+    Args:
+        payload: What :func:`encode_update` made, or anything else.
+        known: By module, the factor that was not trained.
+        known_factor: Which that is; None: both travel.
 
     Raises:
         PayloadError: The bytes are not a well-formed update.
     """
-    weights, metadata = decode_weights(payload)
+    weights, metadata = decode_weights(payload, known=known, known_factor=known_factor)
     try:
         stated = _UpdateFacts.model_validate(metadata)
     except ValidationError as error:
@@ -169,6 +201,14 @@ def _read_tensor(payload: bytes, info: TensorInfo) -> Tensor:
     # cut by the header that was checked: a second parser could read the same bytes differently
     data = bytearray(memoryview(payload)[info.start : info.end])
     return torch.frombuffer(data, dtype=torch.float32).reshape(info.shape)
+
+
+def _completed(
+    found: Mapping[str, Tensor], known: Mapping[str, Tensor], other: Mapping[str, Tensor], *, kind: str
+) -> dict[str, Tensor]:
+    if found:
+        raise PayloadError(f"expected no {kind}*, which was not trained, got {kind}{sorted(found)[0]}")
+    return {module: known[module] for module in other if module in known}
 
 
 def _pair(down: Mapping[str, Tensor], up: Mapping[str, Tensor]) -> dict[str, LoraFactors]:

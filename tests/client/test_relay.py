@@ -109,7 +109,13 @@ def test_two_clients_of_one_process_enrol_each_for_itself(daemon: Daemon, invita
 def test_trains_over_the_socket(daemon: Daemon, invitation: Invitation, tiny_bert: Path) -> None:
     heads = AdaptedModel(tiny_bert, task="classification", labels=LABELS).initial_heads(seed=1)
     request = TrainRequest(
-        invitation=invitation, round_number=1, parent="", seed=3, training=TrainingSettings(max_steps=2)
+        invitation=invitation,
+        round_number=1,
+        parent="",
+        seed=3,
+        training=TrainingSettings(max_steps=2),
+        rank=3,
+        adapter_seed=5,
     )
     start = encode_weights(AdapterWeights(heads=heads))
     kind, _, payload = ask(daemon.sockets["bert"], TRAIN, request.model_dump_json(), start)

@@ -18,9 +18,10 @@ from pomona.base_model import base_model_sha256
 from pomona.batches import collate
 from pomona.client.trainer import Profile, Trainer
 from pomona.datasets import Dataset
-from pomona.errors import UpdateRejected
+from pomona.errors import PayloadError, UpdateRejected
 from pomona.lora_model import AdaptedModel, Task
 from pomona.protocol import ENROL, TRAIN, Enrolled, Invitation, Refusal, TrainRequest
+from pomona.seeds import seed_of
 from pomona.settings import TrainingSettings
 from pomona.wire import decode_update, decode_weights, encode_weights
 
@@ -49,8 +50,16 @@ def trainer(make_profile: MakeProfile) -> Trainer:
     return Trainer(make_profile(name="anna", count=3, rank=4))
 
 
-def request(invitation: Invitation, *, number: int = 1, parent: str = "", seed: int = 5) -> TrainRequest:
-    return TrainRequest(invitation=invitation, round_number=number, parent=parent, seed=seed, training=TRAINING)
+def request(invitation: Invitation, *, number: int = 1, parent: str = "", seed: int = 5, rank: int = 4) -> TrainRequest:
+    return TrainRequest(
+        invitation=invitation,
+        round_number=number,
+        parent=parent,
+        seed=seed,
+        training=TRAINING,
+        rank=rank,
+        adapter_seed=seed_of(seed, number),
+    )
 
 
 def first_heads(path: Path) -> AdapterWeights:
@@ -58,6 +67,7 @@ def first_heads(path: Path) -> AdapterWeights:
 
 
 def train(trainer: Trainer, asked: TrainRequest, weights: AdapterWeights) -> AdapterUpdate:
+    asked = asked.model_copy(update={"rank": trainer._profile.rank})
     kind, json, payload = trainer.answer(TRAIN, asked.model_dump_json(), encode_weights(weights))
     assert (kind, json) == ("update", "{}"), json
     return decode_update(payload)
@@ -141,6 +151,53 @@ def test_the_same_request_gives_the_same_weights_again(
     assert not same(first.weights, train(trainer, request(invitation, number=2), start).weights)
     other = train(Trainer(make_profile(name="bert", count=3, rank=4)), request(invitation), start)
     assert not same(first.weights, other.weights), "clients should differ in the order of their examples"
+
+
+def test_a_client_trains_no_more_than_it_said(trainer: Trainer, invitation: Invitation, tiny_bert: Path) -> None:
+    """The rank is what its memory allows; a coordinator that asks for more must hear so."""
+    asked = request(invitation, rank=5)
+    answer = trainer.answer(TRAIN, asked.model_dump_json(), encode_weights(first_heads(tiny_bert)))
+    assert "asked to train rank 5, this client takes at most 4" in refused(answer)
+    invited = invitation.model_copy(update={"min_rank": 5})
+    assert "train rank 5, got 4; join with a higher --rank" in refused(
+        trainer.answer(ENROL, invited.model_dump_json(), b"")
+    )
+
+
+@pytest.mark.parametrize(("trains", "kept"), [("b", "a"), ("a", "b")])
+def test_the_factor_that_is_not_trained_stays_and_does_not_travel(
+    trainer: Trainer, invitation: Invitation, tiny_bert: Path, trains: str, kept: str
+) -> None:
+    start = first_heads(tiny_bert)
+    update = train(trainer, request(invitation), start)
+    weights = AdapterWeights(layers=scaled(update), heads=update.weights.heads)
+    asked = request(invitation, number=2).model_copy(update={"trains": trains, "trainable": 4})
+    kind, _, payload = trainer.answer(TRAIN, asked.model_dump_json(), encode_weights(weights))
+    assert kind == "update"
+    known = {name: getattr(factors, kept) / (2.0 if kept == "b" else 1.0) for name, factors in weights.layers.items()}
+    with pytest.raises(PayloadError, match="came without"):
+        decode_update(payload)
+    other = decode_update(payload, known=known, known_factor=kept)  # type: ignore[arg-type]
+    for name, factors in other.weights.layers.items():
+        before = weights.layers[name]
+        assert not torch.equal(getattr(factors, trains), getattr(before, trains))
+        assert torch.equal(getattr(factors, kept), known[name])
+
+
+def test_a_client_goes_on_from_the_part_that_is_trainable(
+    trainer: Trainer, invitation: Invitation, tiny_bert: Path
+) -> None:
+    """With no step taken the trainable part comes back as it was sent, its scale divided out."""
+    start = first_heads(tiny_bert)
+    update = train(trainer, request(invitation), start)
+    weights = AdapterWeights(layers=scaled(update), heads=update.weights.heads)
+    still = TRAINING.model_copy(update={"learning_rate": 1e-30})
+    asked = request(invitation, number=2).model_copy(update={"training": still, "trainable": 3})
+    back = train(trainer, asked, weights)
+    for name, factors in back.weights.layers.items():
+        assert torch.equal(factors.a[:3], weights.layers[name].a[:3])
+        assert torch.equal(factors.b[:, :3], weights.layers[name].b[:, :3] / 2.0)
+        assert float(factors.b[:, 3].abs().max()) < 1e-28
 
 
 def test_clients_of_unequal_rank_start_from_one_subspace(

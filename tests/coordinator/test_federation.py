@@ -8,7 +8,7 @@ import pickle
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -27,16 +27,18 @@ from pomona.coordinator import federation, replies
 from pomona.coordinator.beginning import begin_run
 from pomona.coordinator.enrolment import Roster
 from pomona.coordinator.federation import run_federation
-from pomona.coordinator.strategy import BoundedFlora
+from pomona.coordinator.strategy import LoraStrategy
 from pomona.datasets import load_dataset
 from pomona.errors import AdapterNotFound, BlobWriteError, NotEnoughClients
 from pomona.lora_model import AdaptedModel
 from pomona.messages import pack, unpack
 from pomona.payload import read_header
 from pomona.protocol import ENROL, TrainRequest
+from pomona.seeds import fresh_a, orthonormal_a
 from pomona.settings import RunSettings
 from pomona.storage.records import Submission
 from pomona.storage.registry import Registry, open_registry
+from pomona.strategies import BY_NAME as FACTS
 from pomona.wire import decode_update, decode_weights, encode_weights
 
 LABELS = ("animal", "food", "tool", "weather")
@@ -274,6 +276,78 @@ def test_the_published_adapter_is_the_weighted_sum_of_what_was_recorded(
             assert_close(head.double(), mean, rtol=1e-6, atol=1e-8)
 
 
+@dataclass(frozen=True)
+class _Heard:
+    """What one client was asked and answered in a round, read from the bytes."""
+
+    request: TrainRequest
+    given: dict[str, LoraFactors]
+    trained: dict[str, LoraFactors]  # scaled
+
+    def effective(self, name: str) -> Tensor:
+        """What the client's model adds to the base after training."""
+        total = self.trained[name].delta().double()
+        if name in self.given:
+            frozen = self.given[name]
+            at = self.request.trainable
+            total = total + frozen.b[:, at:].double() @ frozen.a[at:].double()
+        return total
+
+
+def _heard(request: str, payload: bytes, answer: Answer, shapes: Mapping[str, tuple[int, int]]) -> _Heard:
+    asked = TrainRequest.model_validate_json(request)
+    draw = orthonormal_a if asked.initial == "orthonormal" else fresh_a
+    drawn = {name: draw(name, asked.rank, in_, seed=asked.adapter_seed) for name, (_, in_) in shapes.items()}
+    given = decode_weights(payload, known=drawn, known_factor="a" if asked.draws_a else None)[0].layers
+    scale = asked.training.alpha_per_rank
+    start_a = drawn | ({name: given[name].a[: asked.rank] for name in given} if asked.trainable else {})
+    start_b = {name: given[name].b[:, : asked.rank] / scale for name in given}
+    if asked.trains == "both":
+        update = decode_update(answer[2])
+    elif asked.trains == "b":
+        update = decode_update(answer[2], known=start_a, known_factor="a")
+    else:
+        update = decode_update(answer[2], known=start_b, known_factor="b")
+    scaled = {name: replace(factors, scale=scale) for name, factors in update.weights.layers.items()}
+    return _Heard(asked, dict(given), scaled)
+
+
+@pytest.mark.parametrize("name", sorted(FACTS))
+def test_every_strategy_trains_over_the_wire(
+    name: str, registry: Registry, make_settings: MakeSettings, make_profile: MakeProfile, tiny_bert: Path
+) -> None:
+    """From the bytes alone: exact strategies publish the mean of what the clients' models became, others do not."""
+    facts = FACTS[name]  # type: ignore[index]
+    shapes = AdaptedModel(tiny_bert, task="classification", labels=LABELS).manifest.layers
+    told: dict[int, list[tuple[str, Answer]]] = {}
+
+    def listen(request: str, answer: Answer) -> Reply:
+        told.setdefault(json.loads(request)["round_number"], []).append((request, answer))
+        return answer
+
+    ranks = (2, 4, 3) if facts.heterogeneous_ranks else (3, 3, 3)
+    nodes = [Node(make_profile(i, count=3, rank=rank), trains=listen) for i, rank in enumerate(ranks)]
+    limits = {"strategy": name, "max_rank": 32} | ({} if facts.heterogeneous_ranks else {"rank": 3})
+    settings = make_settings(rounds=3, aggregation=limits, training={"max_steps": 2, "alpha_per_rank": 3.0})
+    versions = run_federation(InProcessGrid(nodes), settings, registry, run_id=RUN)
+    for number, version in enumerate(versions, start=1):
+        assert {each.status for each in by_client(registry, number).values()} == {"accepted"}
+        assert version.exactness in (("exact", "truncated") if facts.exact else ("approximate",))
+        heard = [
+            _heard(request, node.asked[number - 1][1], answer, shapes)
+            for node, (request, answer) in zip(nodes, told[number], strict=True)
+        ]
+        published = weights_of(registry, version.ref).layers
+        for layer in shapes:
+            mean = torch.stack([each.effective(layer) for each in heard]).mean(0)
+            error = float((published[layer].delta().double() - mean).norm() / mean.norm())
+            assert (error < 1e-4) if facts.exact else (error > 1e-3), (layer, error)
+    sent = {number: {key.split(".")[0] for key in load(told[number][0][1][2])} - {"head"} for number in (1, 2)}
+    halves = {"ffa": ("lora_B", "lora_B"), "ffa-nested": ("lora_B", "lora_B"), "rolora": ("lora_B", "lora_A")}
+    for number in (1, 2):
+        assert sent[number] == ({halves[name][number - 1]} if name in halves else {"lora_A", "lora_B"})
+
+
 def test_the_order_in_which_replies_land_does_not_matter(
     tmp_path: Path, make_settings: MakeSettings, make_profile: MakeProfile
 ) -> None:
@@ -300,7 +374,7 @@ def test_flowers_own_loop_gets_the_same_aggregate(
         roster = Roster(nodes={"client-0": 101, "client-1": 102})
         for name in roster.nodes:
             roster.members[name] = Enrolment(client=name, rank=2, alpha=4.0, rslora=False, num_examples=48)
-        strategy = BoundedFlora(
+        strategy = LoraStrategy(
             settings=settings,
             invitation=begin_run(registry, settings, run_id=RUN),
             manifest=model.manifest,

@@ -19,6 +19,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy.engine.interfaces import ReflectedIndex
 
 from pomona.errors import RegistryUnavailable, SchemaTooNew
+from pomona.storage.engine import create_engine
 from pomona.storage.registry import open_registry
 from pomona.storage.schema import alembic_config
 from pomona.storage.tables import metadata
@@ -68,6 +69,42 @@ def test_the_migrations_can_be_written_for_postgresql() -> None:
     command.upgrade(config, "head", sql=True)
     assert "WHERE status = 'accepted'" in text.getvalue()
     assert "EXECUTE FUNCTION version_is_immutable()" in text.getvalue()
+
+
+def test_an_older_registry_keeps_its_rows(home: Path) -> None:
+    """A rebuilt table whose old one is dropped would take lineage, aliases and submissions with it."""
+    home.mkdir()
+    engine = create_engine(f"sqlite:///{home / 'registry.db'}", read_only=False)
+    config = alembic_config()
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+        connection.execute(sa.text("INSERT INTO adapter (name, created_at) VALUES ('demo', '2026-01-01')"))
+        connection.execute(
+            sa.text("INSERT INTO base_model (sha256, name, source, added_at) VALUES ('b', 'b', 'b', '2026-01-01')")
+        )
+        connection.execute(
+            sa.text(
+                "INSERT INTO version (adapter_name, version, blob_sha256, bytes, base_sha256, rank, kind, exactness, "
+                "retained_energy, recipe, created_at) "
+                "VALUES ('demo', 1, 'c', 1, 'b', 4, 'round', 'exact', 1.0, '{}', '2026-01-01')"
+            )
+        )
+        connection.execute(
+            sa.text(
+                "INSERT INTO alias (adapter_name, alias, version_id, moved_at) VALUES ('demo', 'x', 1, '2026-01-01')"
+            )
+        )
+    engine.dispose()
+    open_registry(home).close()
+    with closing(sqlite3.connect(home / "registry.db")) as connection:
+        assert connection.execute("SELECT adapter_name, rank, exactness FROM version").fetchall() == [
+            ("demo", 4, "exact")
+        ]
+        assert connection.execute("SELECT alias, version_id FROM alias").fetchall() == [("x", 1)]
+        assert connection.execute("PRAGMA foreign_key_check").fetchall() == []
+        with pytest.raises(sqlite3.IntegrityError, match="a version is never changed"):
+            connection.execute("UPDATE version SET rank = 5")
 
 
 def test_a_newer_registry_is_refused_and_left_alone(home: Path) -> None:

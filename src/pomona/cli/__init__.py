@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from pomona import __version__
-from pomona.cli import demo, doctor, join, registry, run, server, simulate
+from pomona.cli import demo, doctor, join, registry, run, server, simulate, strategies
 
 app = typer.Typer(
     name="pomona",
@@ -18,6 +18,7 @@ app.command("server")(server.server)
 app.command("join")(join.join)
 app.command("run")(run.run)
 app.command("simulate")(simulate.simulate)
+app.command("strategies")(strategies.strategies)
 app.command("doctor")(doctor.doctor)
 app.add_typer(registry.app)
 
