@@ -101,7 +101,7 @@ class _Federation:
             with contextlib.suppress(PomonaError):
                 self._registry.fail_round(run_id, number, f"{type(error).__name__}: {error}")
             raise
-        strategy.weights, strategy.parent = aggregate.weights, version.ref
+        strategy.weights, strategy.parent = aggregate.combined.weights, version.ref
         return version
 
     def _collect(self, messages: Sequence[Message], cohort: Sequence[str]) -> None:
@@ -115,10 +115,11 @@ class _Federation:
 
     def _publish(self, number: int, aggregate: Aggregate) -> Version:
         settings, run_id = self._settings, self._invitation.run_id
-        scores = self._score(aggregate.weights)
-        energy = list(aggregate.retained_energy.values()) or [1.0]
+        made = aggregate.combined
+        scores = self._score(made.weights)
+        energy = list(made.retained_energy.values()) or [1.0]
         payload = encode_weights(
-            aggregate.weights,
+            made.weights,
             metadata={
                 "format": "adapter/1",
                 "base_sha256": self._invitation.base_sha256,
@@ -133,7 +134,7 @@ class _Federation:
                 adapter=settings.name,
                 payload=payload,
                 base_sha256=self._invitation.base_sha256,
-                rank=aggregate.weights.rank,
+                rank=made.weights.rank,
                 exactness=_exactness(settings, min(energy)),
                 retained_energy=min(energy),
                 recipe={
@@ -148,11 +149,13 @@ class _Federation:
                 metrics={
                     "accuracy": scores.accuracy,
                     "loss": scores.loss,
-                    "train_loss": aggregate.train_loss,
+                    "train_loss": made.train_loss,
                     "retained_energy_mean": float(np.mean(energy)),
                     "retained_energy_min": min(energy),
                 },
-                weights=aggregate.client_weights,
+                weights=made.client_weights,
+                reduced=made.reduced,
+                quarantined=made.quarantined,
                 bytes_down=aggregate.bytes_down,
                 bytes_up=aggregate.bytes_up,
                 seconds=aggregate.seconds,

@@ -7,23 +7,18 @@ Updates are taken one by one as they come: each is checked, then recorded, befor
 import logging
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
-from torch import Tensor
 
-from pomona.adapters import AdapterUpdate, AdapterWeights, LoraFactors
-from pomona.aggregation.heads import average_heads
-from pomona.aggregation.server_optimizer import OptimizerState, server_step
-from pomona.aggregation.strategies import BY_NAME
-from pomona.aggregation.strategies.contract import Assignment, Contribution, Rules
-from pomona.aggregation.strategies.start import starting_factors
+from pomona.adapters import AdapterUpdate, AdapterWeights
+from pomona.aggregation.strategies.contract import Assignment
 from pomona.aggregation.verify import Enrolment, Expected, verify_update
-from pomona.aggregation.weights import example_weights
 from pomona.coordinator.enrolment import Roster
+from pomona.coordinator.method import Combined, Method, Trained, Work
 from pomona.coordinator.replies import Reply
 from pomona.errors import NotEnoughClients, PayloadError, UpdateRejected, VersionConflict
 from pomona.manifest import AdapterManifest
@@ -32,7 +27,7 @@ from pomona.protocol import Invitation, Refusal, TrainRequest
 from pomona.settings import RunSettings
 from pomona.storage.records import NewSubmission, SubmissionStatus
 from pomona.storage.registry import Registry
-from pomona.wire import Factor, decode_update, digest, encode_weights
+from pomona.wire import decode_update, digest, encode_weights
 
 _log = logging.getLogger(__name__)
 
@@ -43,36 +38,19 @@ _TTL_MARGIN_S = 30.0  # a straggler is late by the coordinator's clock, not an e
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Aggregate:
-    """What a round gives.
+    """What a round gives, and what it took.
 
     Attributes:
-        weights: The next global adapter.
-        client_weights: ``p_k`` of every client that counted.
-        retained_energy: Share of the energy that truncation kept, per layer.
-        train_loss: Weighted mean of what clients report.
+        combined: The next global adapter and what it is made of.
         bytes_down: Payload bytes sent to clients.
         bytes_up: Payload bytes received, rejected ones too.
         seconds: From the first message out to the aggregate.
     """
 
-    weights: AdapterWeights
-    client_weights: Mapping[str, float]
-    retained_energy: Mapping[str, float]
-    train_loss: float
+    combined: Combined
     bytes_down: int
     bytes_up: int
     seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class _Work:
-    """What all clients of one rank are asked in one round."""
-
-    assignment: Assignment
-    request: str
-    payload: bytes
-    known: Mapping[str, Tensor]  # by module, the factor that is not trained
-    known_factor: Factor | None
 
 
 @dataclass(slots=True)
@@ -80,7 +58,7 @@ class _Round:
     number: int
     cohort: Sequence[str]
     began: float
-    work: dict[int, _Work] = field(default_factory=dict)  # by the rank that clients enrolled with
+    work: dict[int, Work] = field(default_factory=dict)  # by the rank that clients enrolled with
     bytes_down: int = 0
     bytes_up: int = 0
     accepted: dict[str, AdapterUpdate] = field(default_factory=dict)
@@ -111,20 +89,7 @@ class LoraStrategy(Strategy):
         self._seen_nonces: set[str] = set()
         self._seen_digests: set[str] = set()
         self._round = _Round(0, (), 0.0)
-        limits, training = settings.aggregation, settings.training
-        self._method = BY_NAME[limits.strategy]
-        self._optimizer_state = OptimizerState()
-        self._rules = Rules(
-            shapes=manifest.layers,
-            seed=settings.seed,
-            max_rank=limits.max_rank,
-            energy=limits.energy,
-            alpha_per_rank=training.alpha_per_rank,
-            rslora=training.rslora,
-            rank=limits.rank or limits.max_rank,
-            warm_start=limits.warm_start,
-            rank_partitioned=limits.rank_partitioned,
-        )
+        self._method = Method(settings, manifest)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -136,13 +101,14 @@ class LoraStrategy(Strategy):
         del arrays, grid
         cohort = [str(name) for name in config["cohort"]]  # type: ignore[union-attr]
         self._round = _Round(server_round, cohort, time.monotonic())
-        for rank in sorted({self._roster.members[name].rank for name in cohort}):
-            self._round.work[rank] = self._work(server_round, rank)
-        work = {name: self._round.work[self._roster.members[name].rank] for name in cohort}
-        self._round.bytes_down = sum(len(each.payload) for each in work.values())
+        ranks = {name: self._roster.members[name].rank for name in cohort}
+        for rank in sorted(set(ranks.values())):
+            self._round.work[rank] = self._method.work(self.weights, rank=rank, round_number=server_round)
+        asked = {rank: self._request(work.assignment, server_round) for rank, work in self._round.work.items()}
+        self._round.bytes_down = sum(len(asked[rank][1]) for rank in ranks.values())
         return [
             Message(
-                pack("train", work[name].request, work[name].payload),
+                pack("train", *asked[ranks[name]]),
                 dst_node_id=self._roster.nodes[name],
                 message_type=MessageType.TRAIN,
                 ttl=self._settings.cohort.round_deadline_s + _TTL_MARGIN_S,
@@ -185,8 +151,9 @@ class LoraStrategy(Strategy):
         for reply in replies:
             self.receive(names.get(reply.metadata.src_node_id, f"node-{reply.metadata.src_node_id}"), reply)
         aggregate = self.close()
-        metrics = MetricRecord({"train_loss": aggregate.train_loss, "clients": len(aggregate.client_weights)})
-        content = pack("global", "{}", encode_weights(aggregate.weights))
+        made = aggregate.combined
+        metrics = MetricRecord({"train_loss": made.train_loss, "clients": len(made.client_weights)})
+        content = pack("global", "{}", encode_weights(made.weights))
         return content.array_records["tensors"], metrics
 
     def close(self) -> Aggregate:
@@ -202,20 +169,9 @@ class LoraStrategy(Strategy):
                 f"round {self._round.number} needs {needed} accepted updates, got {len(updates)} "
                 f"from a cohort of {len(self._round.cohort)}; `pomona registry lineage` and the log say why"
             )
-        weights = example_weights([update.num_examples for update in updates])
-        layers, energy = self._method.aggregate(
-            self.weights.layers,
-            [Contribution(layers=self._scaled(u), weight=w) for u, w in zip(updates, weights, strict=True)],
-            round_number=self._round.number,
-            rules=self._rules,
-        )
-        heads = average_heads([update.weights.heads for update in updates], weights=weights)
-        after, kept = self._optimized(AdapterWeights(layers=layers, heads=heads), energy)
+        trained = [Trained(update, self._work_of(update.client)) for update in updates]
         return Aggregate(
-            weights=after,
-            client_weights={update.client: weight for update, weight in zip(updates, weights, strict=True)},
-            retained_energy=kept,
-            train_loss=sum(w * u.train_loss for u, w in zip(updates, weights, strict=True)),
+            combined=self._method.combine(self.weights, trained, round_number=self._round.number),
             bytes_down=self._round.bytes_down,
             bytes_up=self._round.bytes_up,
             seconds=time.monotonic() - self._round.began,
@@ -244,8 +200,7 @@ class LoraStrategy(Strategy):
             self._settings.rounds,
         )
 
-    def _work(self, number: int, rank: int) -> _Work:
-        assignment = self._method.assign(self.weights.layers, rank=rank, round_number=number, rules=self._rules)
+    def _request(self, assignment: Assignment, number: int) -> tuple[str, bytes]:
         request = TrainRequest(
             invitation=self._invitation,
             round_number=number,
@@ -258,44 +213,22 @@ class LoraStrategy(Strategy):
             adapter_seed=assignment.adapter_seed,
             initial=assignment.initial,
             draws_a=assignment.draws_a,
-        ).model_dump_json()
+        )
         payload = encode_weights(
             AdapterWeights(layers=assignment.layers, heads=self.weights.heads),
             metadata={"format": "global/1", "parent": self.parent},
             without="a" if assignment.draws_a else None,
         )
-        known, known_factor = self._untrained(assignment)
-        return _Work(assignment, request, payload, known, known_factor)
+        return request.model_dump_json(), payload
 
-    def _untrained(self, assignment: Assignment) -> tuple[dict[str, Tensor], Factor | None]:
-        if assignment.trains == "both":
-            return {}, None
-        start = starting_factors(assignment, self._rules)
-        if assignment.trains == "b":
-            return {name: factors.a for name, factors in start.items()}, "a"
-        return {name: factors.b for name, factors in start.items()}, "b"
-
-    def _optimized(
-        self, after: AdapterWeights, energy: Mapping[str, float]
-    ) -> tuple[AdapterWeights, Mapping[str, float]]:
-        limits = self._settings.aggregation
-        if limits.server_optimizer.kind == "fedavg" and limits.server_optimizer.learning_rate == 1.0:
-            return after, energy
-        weights, self._optimizer_state, kept = server_step(
-            self.weights,
-            after,
-            self._optimizer_state,
-            settings=limits.server_optimizer,
-            max_rank=limits.max_rank,
-            energy=limits.energy,
-        )
-        return weights, {name: share * kept.get(name, 1.0) for name, share in energy.items()}
+    def _work_of(self, client: str) -> Work:
+        return self._round.work[self._roster.members[client].rank]
 
     def _asked(self, client: str) -> Enrolment:
         """Return what a client enrolled with, at the rank that it is to train."""
-        member = self._roster.members[client]
-        rank = self._round.work[member.rank].assignment.rank
-        return replace(member, rank=rank, alpha=self._settings.training.alpha_per_rank * rank)
+        rank = self._work_of(client).assignment.rank
+        alpha = self._settings.training.alpha_per_rank * rank
+        return replace(self._roster.members[client], rank=rank, alpha=alpha)
 
     def _payload(self, client: str, reply: Reply) -> bytes:
         if isinstance(reply, PayloadError):
@@ -313,7 +246,7 @@ class LoraStrategy(Strategy):
         limits = self._settings.aggregation
         if client not in self._roster.members or client not in self._round.cohort:
             raise UpdateRejected(client, f"it was not asked in round {self._round.number}")
-        asked, work = self._asked(client), self._round.work[self._roster.members[client].rank]
+        asked, work = self._asked(client), self._work_of(client)
         if len(payload) > (limit := self._largest_payload(asked.rank)):
             raise UpdateRejected(client, f"expected at most {limit} bytes for its rank, got {len(payload)}")
         update = decode_update(payload, known=work.known, known_factor=work.known_factor)
@@ -335,10 +268,6 @@ class LoraStrategy(Strategy):
         factors = sum(rank * (out + in_) for out, in_ in self._manifest.layers.values())
         heads = sum(math.prod(shape) for shape in self._manifest.heads.values())
         return _FLOAT32_BYTES * (factors + heads) + _MAX_HEADER_BYTES
-
-    def _scaled(self, update: AdapterUpdate) -> Mapping[str, LoraFactors]:
-        scale = self._asked(update.client).scale
-        return {name: replace(factors, scale=scale) for name, factors in update.weights.layers.items()}
 
     def _record(
         self, client: str, payload: bytes, update: AdapterUpdate | None, status: SubmissionStatus, reason: str

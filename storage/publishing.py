@@ -9,7 +9,8 @@ from pomona.errors import BaseModelError, RegistryError
 from pomona.storage import rounds, versions
 from pomona.storage import tables as t
 from pomona.storage.records import NewVersion, Version
-from pomona.storage.values import json_value, metrics, real
+from pomona.storage.rounds import REASON_LENGTH
+from pomona.storage.values import json_value, metrics, real, text
 
 
 def publish_round(connection: sa.Connection, new: NewVersion, sha256: str) -> Version:
@@ -85,11 +86,15 @@ def _link_submissions(connection: sa.Connection, new: NewVersion, version_id: in
     )
     query = sa.select(t.submission.c.client, t.submission.c.id).where(*accepted)
     ids: dict[str, int] = {client: key for client, key in connection.execute(query)}  # noqa: C416
-    if strangers := sorted(set(new.weights) - set(ids)):
+    if strangers := sorted({*new.weights, *new.quarantined} - set(ids)):
         raise RegistryError(
             f"round {new.round_number} of run {new.run_id} has no accepted submission of "
             f"{', '.join(map(repr, strangers))}, so they cannot have a weight; nothing was published"
         )
     for client, weight in new.weights.items():
-        values = {"version_id": version_id, "weight": real(weight)}
+        reason = text(new.reduced.get(client, ""), limit=REASON_LENGTH)
+        values = {"version_id": version_id, "weight": real(weight), "reason": reason}
+        connection.execute(sa.update(t.submission).where(t.submission.c.id == ids[client]).values(**values))
+    for client, why in new.quarantined.items():
+        values = {"status": "quarantined", "weight": 0.0, "reason": text(why, limit=REASON_LENGTH)}
         connection.execute(sa.update(t.submission).where(t.submission.c.id == ids[client]).values(**values))

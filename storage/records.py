@@ -7,7 +7,7 @@ from typing import Literal
 
 RunState = Literal["running", "finished", "failed"]
 RoundState = Literal["open", "committed", "failed"]
-SubmissionStatus = Literal["accepted", "rejected", "late"]
+SubmissionStatus = Literal["accepted", "rejected", "late", "quarantined"]
 Exactness = Literal["exact", "truncated", "approximate", "behavioural"]
 
 
@@ -90,6 +90,8 @@ class NewVersion:
         recipe: How it was made: ``task``, ``strategy``, ``labels`` and whatever else explains it.
         metrics: Scores of this version.
         weights: Weight of every client that went into it.
+        reduced: Why a client in ``weights`` counts for less than its share.
+        quarantined: Why a client whose update was accepted counts for nothing; its bytes are kept for inspection.
         bytes_down: Bytes sent to clients in the round.
         bytes_up: Bytes received from clients in the round.
         seconds: Wall-clock time of the round.
@@ -106,6 +108,8 @@ class NewVersion:
     recipe: Mapping[str, object] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     weights: Mapping[str, float] = field(default_factory=dict)
+    reduced: Mapping[str, str] = field(default_factory=dict)
+    quarantined: Mapping[str, str] = field(default_factory=dict)
     bytes_down: int = 0
     bytes_up: int = 0
     seconds: float = 0.0
@@ -194,6 +198,7 @@ class Round:
     accepted: int
     rejected: int
     late: int
+    quarantined: int
     version: Version | None
 
     @property

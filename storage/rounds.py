@@ -13,7 +13,7 @@ from pomona.storage.values import count, metrics, read_metrics, real, text
 
 _NAME_LENGTH = 200
 _NONCE_LENGTH = 64
-_REASON_LENGTH = 2000
+REASON_LENGTH = 2000
 
 
 def start_run(connection: sa.Connection, *, run_id: str, adapter: str, base_sha256: str, settings_json: str) -> Run:
@@ -77,7 +77,7 @@ def runs(connection: sa.Connection, *where: sa.ColumnElement[bool]) -> list[Run]
 def finish_run(connection: sa.Connection, run_id: str, state: RunState, reason: str) -> Run:
     """Record how a run ended."""
     run(connection, run_id)
-    ended = {"state": state, "reason": text(reason, limit=_REASON_LENGTH), "finished_at": datetime.now(UTC)}
+    ended = {"state": state, "reason": text(reason, limit=REASON_LENGTH), "finished_at": datetime.now(UTC)}
     connection.execute(sa.update(t.run).where(t.run.c.id == run_id).values(**ended))
     return run(connection, run_id)
 
@@ -103,7 +103,7 @@ def enrol_client(
     facts = {
         "rank": count(rank),
         "num_examples": count(num_examples),
-        "excluded": text(excluded, limit=_REASON_LENGTH),
+        "excluded": text(excluded, limit=REASON_LENGTH),
     }
     known = (t.client.c.run_id == run_id, t.client.c.name == name)
     if not connection.execute(sa.update(t.client).where(*known).values(**facts)).rowcount:
@@ -166,7 +166,7 @@ def close_round(
 
 def fail_round(connection: sa.Connection, run_id: str, number: int, reason: str) -> Round:
     """Close an open round without a version."""
-    close_round(connection, run_id, number, state="failed", reason=text(reason, limit=_REASON_LENGTH))
+    close_round(connection, run_id, number, state="failed", reason=text(reason, limit=REASON_LENGTH))
     return rounds(connection, run_id, number)[0]
 
 
@@ -210,6 +210,7 @@ def rounds(connection: sa.Connection, run_id: str, number: int | None = None) ->
             accepted=counts.get((row.number, "accepted"), 0),
             rejected=counts.get((row.number, "rejected"), 0),
             late=counts.get((row.number, "late"), 0),
+            quarantined=counts.get((row.number, "quarantined"), 0),
             version=published.get(row.number),
         )
         for row in connection.execute(query)
@@ -250,7 +251,7 @@ def insert_submission(connection: sa.Connection, new: NewSubmission, sha256: str
         "bytes": len(new.payload),
         "nonce": text(new.nonce, limit=_NONCE_LENGTH),
         "status": new.status,
-        "reason": text(new.reason, limit=_REASON_LENGTH),
+        "reason": text(new.reason, limit=REASON_LENGTH),
         "received_at": datetime.now(UTC),
         "train_loss": real(new.train_loss),
     }

@@ -161,7 +161,7 @@ submission = sa.Table(
     sa.Column("train_loss", sa.Double, nullable=True),
     _version_id(nullable=True),
     sa.ForeignKeyConstraint(["run_id", "round"], ["round.run_id", "round.number"]),
-    sa.CheckConstraint("status IN ('accepted', 'rejected', 'late')", name="status"),
+    sa.CheckConstraint("status IN ('accepted', 'rejected', 'late', 'quarantined')", name="status"),
     sa.Index("ix_submission_run_id_round", "run_id", "round"),
     sa.Index("ix_submission_version_id", "version_id"),
     sa.Index(

@@ -197,6 +197,32 @@ class AggregationSettings(_Section):
         return self
 
 
+class DefenceSettings(_Section):
+    """What protects the sum from poisoned updates.
+
+    Attributes:
+        kind: ``norm-bounding`` scales large updates down, ``multi-krum`` and ``trimmed-mean`` leave out those far from
+            the others, ``geometric-median`` weighs all by their distance from it.
+        attackers: How many of a round are assumed, for ``multi-krum`` and ``trimmed-mean``.
+        norm_factor: The bound as a multiple of the median norm, for ``norm-bounding``.
+        equal_weights: Count clients alike and not by their examples, which an attacker states itself.
+    """
+
+    kind: Literal["none", "norm-bounding", "multi-krum", "geometric-median", "trimmed-mean"] = "none"
+    attackers: NonNegativeInt = 0
+    norm_factor: PositiveFloat = 1.0
+    equal_weights: bool = False
+
+    @model_validator(mode="after")
+    def _attackers_are_assumed(self) -> Self:
+        if (self.kind in {"multi-krum", "trimmed-mean"}) != (self.attackers > 0):
+            raise ValueError(
+                "defence.attackers goes with multi-krum and trimmed-mean, at least 1, and with no other; "
+                f"got kind={self.kind!r} and attackers={self.attackers}"
+            )
+        return self
+
+
 class SimulationSettings(_Section):
     """What simulated clients have that real ones bring along.
 
@@ -230,7 +256,27 @@ class RunSettings(_Section):
     cohort: CohortSettings = CohortSettings()
     training: TrainingSettings = TrainingSettings()
     aggregation: AggregationSettings = AggregationSettings()
+    defence: DefenceSettings = DefenceSettings()
     simulation: SimulationSettings = SimulationSettings()
+
+    @model_validator(mode="after")
+    def _defence_fits(self) -> Self:
+        name = self.aggregation.strategy
+        if self.defence.kind != "none" and name not in ADDING:
+            raise ValueError(
+                f"a defence needs a strategy that adds changes ({', '.join(sorted(ADDING))}), got strategy={name!r}"
+            )
+        if self.defence.kind == "multi-krum" and self.cohort.min_replies < (least := 2 * self.defence.attackers + 3):
+            raise ValueError(
+                f"multi-krum needs {least} updates to withstand {self.defence.attackers} attackers; "
+                f"raise cohort.min_replies, now {self.cohort.min_replies}"
+            )
+        if self.defence.kind == "trimmed-mean" and self.cohort.min_replies <= (least := 2 * self.defence.attackers):
+            raise ValueError(
+                f"a mean trimmed by {self.defence.attackers} needs {least + 1} updates; "
+                f"raise cohort.min_replies, now {self.cohort.min_replies}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _ranks_fit(self) -> Self:

@@ -39,7 +39,7 @@ from pomona.settings import RunSettings
 from pomona.storage.records import Submission
 from pomona.storage.registry import Registry, open_registry
 from pomona.strategies import BY_NAME as FACTS
-from pomona.wire import decode_update, decode_weights, encode_weights
+from pomona.wire import decode_update, decode_weights, encode_update, encode_weights
 
 LABELS = ("animal", "food", "tool", "weather")
 RUN = "run-1"
@@ -346,6 +346,84 @@ def test_every_strategy_trains_over_the_wire(
     halves = {"ffa": ("lora_B", "lora_B"), "ffa-nested": ("lora_B", "lora_B"), "rolora": ("lora_B", "lora_A")}
     for number in (1, 2):
         assert sent[number] == ({halves[name][number - 1]} if name in halves else {"lora_A", "lora_B"})
+
+
+def _scaled_up(factor: float) -> Tamper:
+    """An attacker whose update is its honest one, many times over and the other way."""
+
+    def tamper(_request: str, answer: Answer) -> Reply:
+        update = decode_update(answer[2])
+        layers = {name: replace(each, b=-factor * each.b) for name, each in update.weights.layers.items()}
+        weights = AdapterWeights(layers=layers, heads=update.weights.heads)
+        return answer[0], answer[1], encode_update(replace(update, weights=weights))
+
+    return tamper
+
+
+@pytest.mark.parametrize(
+    ("defence", "status"),
+    [
+        ({"kind": "norm-bounding"}, "accepted"),
+        ({"kind": "multi-krum", "attackers": 1}, "quarantined"),
+        ({"kind": "trimmed-mean", "attackers": 1}, "quarantined"),
+        ({"kind": "geometric-median"}, "accepted"),
+    ],
+)
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_poisoned_update_moves_the_sum_little_and_is_named(
+    defence: dict[str, object],
+    status: str,
+    registry: Registry,
+    tmp_path: Path,
+    make_settings: MakeSettings,
+    make_profile: MakeProfile,
+    *,
+    warm: bool,
+) -> None:
+    """One client of five sends 300 times its update, reversed; without a defence it decides the sum."""
+    limits, cohort = {"warm_start": warm}, {"min_replies": 5, "join_timeout_s": 5.0}
+
+    def nodes(*, attacked: bool) -> list[Node]:
+        made = [Node(make_profile(i, count=2, rank=rank)) for i, rank in enumerate((2, 4, 3, 4, 2))]
+        return [*made[:4], replace(made[4], trains=_scaled_up(300.0))] if attacked else made
+
+    def norm(of: AdapterWeights) -> float:
+        return math.sqrt(sum(float(each.delta().norm()) ** 2 for each in of.layers.values()))
+
+    plain = make_settings(rounds=2, cohort=cohort, aggregation=limits)
+    with open_registry(tmp_path / "honest") as other:
+        run_federation(InProcessGrid(nodes(attacked=False)), plain, other, run_id=RUN)
+        honest = norm(weights_of(other, "toy/2"))
+    with open_registry(tmp_path / "plain") as other:
+        run_federation(InProcessGrid(nodes(attacked=True)), plain, other, run_id=RUN)
+        assert norm(weights_of(other, "toy/2")) > 10 * honest
+    defended = make_settings(rounds=2, cohort=cohort, aggregation=limits, defence=defence)
+    run_federation(InProcessGrid(nodes(attacked=True)), defended, registry, run_id=RUN)
+    assert norm(weights_of(registry, "toy/2")) < 2.5 * honest
+    for number in (1, 2):
+        found = by_client(registry, number)
+        assert found["client-4"].status == status
+        assert found["client-4"].reason
+        assert (found["client-4"].weight or 0.0) < 0.05
+        assert {each.status for name, each in found.items() if name != "client-4"} == {"accepted"}
+
+
+def test_momentum_carries_over_between_rounds(
+    tmp_path: Path, make_settings: MakeSettings, make_profile: MakeProfile
+) -> None:
+    """From two runs alike but for the optimiser: the second version has the first change once more, by beta."""
+    found = []
+    for number, kind in enumerate(("fedavg", "fedavgm")):
+        limits = {"server_optimizer": {"kind": kind, "momentum": 0.5}, "max_rank": 32}
+        with open_registry(tmp_path / str(number)) as registry:
+            settings = make_settings(rounds=2, aggregation=limits)
+            run_federation(InProcessGrid([Node(make_profile(0, count=2))]), settings, registry, run_id=RUN)
+            found.append([weights_of(registry, f"toy/{version}").layers for version in (1, 2)])
+    plain, carried = found
+    for name in plain[0]:
+        first = plain[0][name].delta()
+        assert_close(carried[0][name].delta(), first, rtol=1e-4, atol=1e-7)
+        assert_close(carried[1][name].delta(), plain[1][name].delta() + 0.5 * first, rtol=1e-3, atol=1e-6)
 
 
 def test_the_order_in_which_replies_land_does_not_matter(

@@ -79,6 +79,8 @@ def new_version(
     weights: Mapping[str, float] | None = None,
     metrics: Mapping[str, float] | None = None,
     recipe: Mapping[str, object] | None = None,
+    reduced: Mapping[str, str] | None = None,
+    quarantined: Mapping[str, str] | None = None,
 ) -> NewVersion:
     return NewVersion(
         run_id=run_id,
@@ -92,6 +94,8 @@ def new_version(
         recipe={"task": "classification"} if recipe is None else recipe,
         metrics={"accuracy": 0.5 + number / 100} if metrics is None else metrics,
         weights=weights or {},
+        reduced=reduced or {},
+        quarantined=quarantined or {},
         bytes_down=10,
         bytes_up=20,
         seconds=1.5,

@@ -273,3 +273,33 @@ def test_one_update_sent_many_times_at_once_is_counted_once(registry: Registry, 
         thread.join()
     assert receipts == [1] * 8
     assert registry.rounds("run-1")[0].accepted == 1
+
+
+def test_what_a_defence_took_out_is_quarantined_with_its_reason_and_its_bytes(
+    registry: Registry, submission: Submit, make_version: Make
+) -> None:
+    """An update left out in silence would look like one that counted."""
+    for name in ("anna", "bert", "cleo"):
+        registry.record_submission(submission(name, payload=name.encode(), nonce=name))
+    registry.publish_round(
+        make_version(
+            weights={"anna": 0.5, "bert": 0.1},
+            reduced={"bert": "norm 9 is above the bound 1"},
+            quarantined={"cleo": "far from all others"},
+        )
+    )
+    found = {each.client: each for each in registry.submissions("run-1", 1)}
+    assert (found["anna"].status, found["anna"].weight, found["anna"].reason) == ("accepted", 0.5, "")
+    assert (found["bert"].status, found["bert"].weight) == ("accepted", 0.1)
+    assert found["bert"].reason == "norm 9 is above the bound 1"
+    assert (found["cleo"].status, found["cleo"].weight, found["cleo"].version) == ("quarantined", 0.0, None)
+    assert found["cleo"].reason == "far from all others"
+    assert registry.blobs.get(found["cleo"].sha256) == b"cleo"
+    (closed,) = registry.rounds("run-1")
+    assert (closed.accepted, closed.quarantined) == (2, 1)
+
+
+def test_only_what_was_accepted_can_be_quarantined(registry: Registry, make_version: Make) -> None:
+    with pytest.raises(RegistryError, match="no accepted submission of 'zoe'"):
+        registry.publish_round(make_version(quarantined={"zoe": "why"}))
+    assert registry.versions("demo") == []

@@ -73,8 +73,9 @@ def _initial(run: "Run") -> Sequence[object]:
 
 def _row(each: "Round") -> Sequence[object]:
     metrics = each.version.metrics if each.version else {}
-    done = each.accepted + each.rejected + each.late
-    rejected = f" ({each.rejected + each.late} not used)" if each.rejected + each.late else ""
+    unused = each.rejected + each.late + each.quarantined
+    done = each.accepted + unused
+    rejected = f" ({unused} not used)" if unused else ""
     return (
         each.number,
         f"{done}/{len(each.cohort)}{rejected}",

@@ -1,0 +1,248 @@
+"""Every aggregation strategy on one federation: WordNet glosses, MiniLM, ten clients.
+
+With the package's own local training and strategies, called in this process without the network; bytes are those of the
+payloads that would travel. Ranks are those of FLoRA's paper (64,32,16,16,8,8,4,4,4,4) or 16 everywhere; strategies of
+equal ranks run with 16 only. ``--kinds`` chooses IID, Dirichlet(0.3) or Dirichlet(0.1); ``--rounds`` and ``--steps``
+trade many short rounds for few long ones. Scores are on the test split; all strategies share the learning rates that
+``benchmarks/accuracy.py`` uses, chosen on the validation split with bounded FLoRA.
+
+Every finished run is written down at once, so an interrupted benchmark goes on where it stopped, and several processes
+may share the work. Run as ``python benchmarks/strategies.py``; results and the plot go to ``benchmarks/results/``.
+"""
+
+import argparse
+import fcntl
+import json
+import os
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accuracy import Bench, Setting
+from rich.console import Console
+from rich.table import Table
+
+from pomona import __version__
+from pomona.adapters import AdapterWeights, LoraFactors
+from pomona.aggregation.heads import average_heads
+from pomona.aggregation.strategies import BY_NAME
+from pomona.aggregation.strategies.contract import Assignment, Contribution, Rules
+from pomona.aggregation.strategies.start import starting_factors
+from pomona.aggregation.weights import example_weights
+from pomona.client.train import train_locally
+from pomona.partition import partition_dirichlet, partition_iid
+from pomona.seeds import seed_of
+from pomona.strategies import EQUAL_RANK
+from pomona.wire import encode_weights
+
+RESULTS = Path(__file__).parent / "results"
+ALPHAS = {"dirichlet-0.3": 0.3, "dirichlet-0.1": 0.1}
+METHODS: dict[str, tuple[str, dict[str, bool]]] = {
+    "flora-bounded": ("flora-bounded", {}),
+    "flora-bounded, warm": ("flora-bounded", {"warm_start": True}),
+    "flora": ("flora", {}),
+    "fedit": ("fedit", {}),
+    "ffa": ("ffa", {}),
+    "ffa-nested": ("ffa-nested", {}),
+    "rolora": ("rolora", {}),
+    "fedex": ("fedex", {}),
+    "hetlora": ("hetlora", {}),
+    "hetlora, partitioned": ("hetlora", {"rank_partitioned": True}),
+    "flexlora": ("flexlora", {}),
+    "flexlora, partitioned": ("flexlora", {"rank_partitioned": True}),
+}
+EQUAL = 16
+MAX_RANK = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One cell of the table."""
+
+    method: str
+    kind: str
+    ranks: str
+    seed: int
+
+
+def run_case(bench: Bench, case: Case) -> dict[str, object]:
+    """Run one federation and return its accuracy after chosen rounds, its bytes and its time."""
+    setting = bench.setting
+    name, options = METHODS[case.method]
+    strategy = BY_NAME[name]  # type: ignore[index]
+    ranks = setting.ranks if case.ranks == "unequal" else (EQUAL,) * len(setting.ranks)
+    training = setting.training(steps=setting.steps, batch_size=setting.batch_size)
+    rules = Rules(shapes=bench.model.manifest.layers, seed=case.seed, max_rank=MAX_RANK, rank=EQUAL, **options)
+    shares = _shares(bench, case)
+    weights = example_weights([len(data) for data in shares])
+    state, curve, down, up, aggregation_s = bench.start(case.seed), [], 0, 0, 0.0
+    for number in range(1, setting.rounds + 1):
+        contributions, heads = [], []
+        for client, (data, rank) in enumerate(zip(shares, ranks, strict=True)):
+            assignment = strategy.assign(state.layers, rank=rank, round_number=number, rules=rules)
+            given = AdapterWeights(layers=assignment.layers, heads=state.heads)
+            down += len(encode_weights(given, without="a" if assignment.draws_a else None))
+            trained = train_locally(
+                bench.model,
+                data,
+                start=given,
+                rank=assignment.rank,
+                training=training,
+                adapter_seed=assignment.adapter_seed,
+                batch_seed=seed_of(case.seed, number, client),
+                trainable=assignment.trainable,
+                trains=assignment.trains,
+                initial=assignment.initial,
+            ).weights
+            up += len(encode_weights(trained, without=_untrained(assignment)))
+            _check_frozen_factor(assignment, rules, trained)
+            contributions.append(
+                Contribution(layers=_scaled(trained.layers, rules, assignment), weight=weights[client])
+            )
+            heads.append(trained.heads)
+        began = time.perf_counter()
+        layers, _ = strategy.aggregate(state.layers, contributions, round_number=number, rules=rules)
+        aggregation_s += time.perf_counter() - began
+        state = AdapterWeights(layers=layers, heads=average_heads(heads, weights=weights))
+        if number in {setting.rounds, setting.rounds // 2, max(1, setting.rounds // 4)}:
+            curve.append((number, bench.accuracy(state)))
+    per_transfer = len(shares) * setting.rounds
+    return {
+        "accuracy": curve[-1][1],
+        "curve": curve,
+        "bytes_down": down // per_transfer,
+        "bytes_up": up // per_transfer,
+        "aggregation_s": round(aggregation_s / setting.rounds, 3),
+    }
+
+
+def main() -> None:
+    """Run what is missing, then print the table and draw the plot."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--kinds", nargs="+", choices=["iid", *ALPHAS], default=["dirichlet-0.3", "iid", "dirichlet-0.1"]
+    )
+    parser.add_argument("--ranks", nargs="+", choices=["unequal", "equal"], default=["unequal", "equal"])
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=RESULTS / "strategies.json")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    setting = Setting(rounds=options.rounds, steps=options.steps)
+    cases = [
+        Case(method, kind, ranks, seed)
+        for seed in options.seeds
+        for ranks in options.ranks
+        for kind in options.kinds
+        for method in options.methods
+        if ranks == "equal" or METHODS[method][0] not in EQUAL_RANK
+    ]
+    bench = None
+    for case in cases:
+        if _find(options.out, case, setting) is None:
+            bench = bench or Bench(setting)
+            began = time.process_time()
+            found = run_case(bench, case)
+            cpu_s = round(time.process_time() - began, 1)
+            _keep(options.out, case, setting, {**found, "cpu_s": cpu_s})
+            Console().print(f"{case}: {found['accuracy']:.4f} ({cpu_s} s)")
+    report(options.out)
+
+
+def report(out: Path) -> None:
+    """Print mean and range over seeds for each method and setting, and draw them."""
+    import matplotlib as mpl  # noqa: PLC0415
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt  # noqa: PLC0415
+
+    runs = json.loads(out.read_text())["runs"]
+    keys = ("rounds", "steps", "kind", "ranks", "method")
+    groups: dict[tuple[object, ...], list[Mapping[str, float]]] = {}
+    for run in runs:
+        groups.setdefault(tuple(run[key] for key in keys), []).append(run)
+    columns = (*keys, "accuracy", "range", "seeds", "kB down", "kB up", "aggregation s")
+    table = Table(*columns, title="WordNet nouns, test split; bytes per client and round")
+    for key in sorted(groups, key=str):
+        found = groups[key]
+        scores = [run["accuracy"] for run in found]
+        table.add_row(
+            *map(str, key),
+            f"{np.mean(scores):.4f}",
+            f"{min(scores):.3f}-{max(scores):.3f}",
+            str(len(scores)),
+            *(f"{np.mean([run[name] for run in found]) / 1e3:.0f}" for name in ("bytes_down", "bytes_up")),
+            f"{np.mean([run['aggregation_s'] for run in found]):.2f}",
+        )
+    Console(width=160).print(table)
+    settings = list(dict.fromkeys(key[:4] for key in sorted(groups, key=str)))
+    figure, axes = plt.subplots(1, len(settings), figsize=(4.2 * len(settings), 4.5), sharey=True, squeeze=False)
+    for axis, wanted in zip(axes[0], settings, strict=True):
+        methods = [name for name in METHODS if (*wanted, name) in groups]
+        means = [np.mean([run["accuracy"] for run in groups[(*wanted, name)]]) for name in methods]
+        axis.barh(methods, means)
+        axis.set(title="{} x {} steps, {}, {} ranks".format(*wanted), xlim=(0, 0.85), xlabel="test accuracy")
+    figure.tight_layout()
+    figure.savefig(out.with_suffix(".png"), dpi=100)
+
+
+def _shares(bench: Bench, case: Case) -> list[object]:
+    count = len(bench.setting.ranks)
+    if case.kind == "iid":
+        parts = partition_iid(len(bench.train), count, seed=case.seed)
+    else:
+        parts = partition_dirichlet(bench.train.labels, count, alpha=ALPHAS[case.kind], seed=case.seed, min_examples=1)
+    return [bench._encode(bench.train.subset(part.tolist())) for part in parts]
+
+
+def _untrained(assignment: Assignment) -> str | None:
+    return {"both": None, "a": "b", "b": "a"}[assignment.trains]
+
+
+def _scaled(layers: Mapping[str, LoraFactors], rules: Rules, assignment: Assignment) -> dict[str, LoraFactors]:
+    scale = rules.scale(assignment.rank)
+    return {name: LoraFactors(a=each.a, b=each.b, scale=scale) for name, each in layers.items()}
+
+
+def _check_frozen_factor(assignment: Assignment, rules: Rules, trained: AdapterWeights) -> None:
+    """Refuse to go on if what the server would assume of the factor that does not travel is not what was trained on."""
+    if assignment.trains == "both":
+        return
+    kept = "a" if assignment.trains == "b" else "b"
+    for name, start in starting_factors(assignment, rules).items():
+        if not torch.equal(getattr(start, kept), getattr(trained.layers[name], kept)):
+            raise SystemExit(f"the frozen factor of {name} is not what the server knows")
+
+
+def _find(out: Path, case: Case, setting: Setting) -> Mapping[str, object] | None:
+    runs: Sequence[Mapping[str, object]] = json.loads(out.read_text())["runs"] if out.exists() else []
+    wanted = {"rounds": setting.rounds, "steps": setting.steps, **_facts(case)}
+    return next((run for run in runs if all(run[key] == value for key, value in wanted.items())), None)
+
+
+def _keep(out: Path, case: Case, setting: Setting, found: Mapping[str, object]) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(out.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)  # processes that share the work
+        machine = {"pomona": __version__, "torch": torch.__version__, "python": platform.python_version()}
+        document = json.loads(out.read_text()) if out.exists() else {"machine": machine, "runs": []}
+        document["runs"].append({"rounds": setting.rounds, "steps": setting.steps, **_facts(case), **found})
+        out.write_text(json.dumps(document, indent=1) + "\n")
+    finally:
+        os.close(folder)
+
+
+def _facts(case: Case) -> dict[str, object]:
+    return {"method": case.method, "kind": case.kind, "ranks": case.ranks, "seed": case.seed}
+
+
+if __name__ == "__main__":
+    main()

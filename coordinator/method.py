@@ -1,0 +1,190 @@
+"""How a run turns the updates of a round into the next global adapter: its strategy, defence and server optimiser."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from pomona.adapters import AdapterUpdate, AdapterWeights, LoraFactors
+from pomona.aggregation.defence import change, defend
+from pomona.aggregation.geometry import add_head_changes
+from pomona.aggregation.heads import average_heads
+from pomona.aggregation.robust import Defended
+from pomona.aggregation.server_optimizer import OptimizerState, server_step
+from pomona.aggregation.strategies import BY_NAME
+from pomona.aggregation.strategies.contract import Assignment, Contribution, Rules
+from pomona.aggregation.strategies.start import starting_factors
+from pomona.aggregation.weights import example_weights
+from pomona.errors import NotEnoughClients
+from pomona.manifest import AdapterManifest
+from pomona.settings import RunSettings
+from pomona.wire import Factor
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What the clients of one rank start a round from.
+
+    Attributes:
+        assignment: What they are given.
+        start: Their adapter before its first step, where it is not fresh; else empty.
+        scale: What stands in front of ``B A`` on them.
+    """
+
+    assignment: Assignment
+    start: Mapping[str, LoraFactors]
+    scale: float
+
+    @property
+    def known_factor(self) -> Factor | None:
+        """The factor that is not trained, and so does not travel back."""
+        match self.assignment.trains:
+            case "a":
+                return "b"
+            case "b":
+                return "a"
+            case _:
+                return None
+
+    @property
+    def known(self) -> dict[str, Tensor]:
+        """That factor, by module."""
+        if self.known_factor is None:
+            return {}
+        return {name: getattr(factors, self.known_factor) for name, factors in self.start.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A verified update and what its client had started from."""
+
+    update: AdapterUpdate
+    work: Work
+
+    @property
+    def layers(self) -> dict[str, LoraFactors]:
+        """Its factors with the scale of training."""
+        return {name: replace(each, scale=self.work.scale) for name, each in self.update.weights.layers.items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Combined:
+    """What a round gives.
+
+    Attributes:
+        weights: The next global adapter.
+        client_weights: What every client that counted counts for.
+        reduced: Why a client counts for less than its share.
+        quarantined: Why a client whose update was accepted counts for nothing.
+        retained_energy: Share of the energy that truncation kept, per layer.
+        train_loss: Weighted mean of what clients report.
+    """
+
+    weights: AdapterWeights
+    client_weights: Mapping[str, float]
+    reduced: Mapping[str, str] = field(default_factory=dict)
+    quarantined: Mapping[str, str] = field(default_factory=dict)
+    retained_energy: Mapping[str, float]
+    train_loss: float
+
+
+class Method:
+    """The aggregation of a run; remembers what its server optimiser does."""
+
+    def __init__(self, settings: RunSettings, manifest: AdapterManifest) -> None:
+        limits, training = settings.aggregation, settings.training
+        self._settings = settings
+        self._strategy = BY_NAME[limits.strategy]
+        self._optimizer_state = OptimizerState()
+        self._rules = Rules(
+            shapes=manifest.layers,
+            seed=settings.seed,
+            max_rank=limits.max_rank,
+            energy=limits.energy,
+            alpha_per_rank=training.alpha_per_rank,
+            rslora=training.rslora,
+            rank=limits.rank or limits.max_rank,
+            warm_start=limits.warm_start,
+            rank_partitioned=limits.rank_partitioned,
+        )
+
+    def work(self, weights: AdapterWeights, *, rank: int, round_number: int) -> Work:
+        """Return what clients that enrolled with a rank start a round from."""
+        assignment = self._strategy.assign(weights.layers, rank=rank, round_number=round_number, rules=self._rules)
+        fresh = assignment.trainable == 0 and assignment.trains == "both"
+        start = {} if fresh else starting_factors(assignment, self._rules)
+        return Work(assignment, start, self._rules.scale(assignment.rank))
+
+    def combine(self, weights: AdapterWeights, trained: Sequence[Trained], *, round_number: int) -> Combined:
+        """Return the next global adapter; a function of the updates in the order given.
+
+        Raises:
+            NotEnoughClients: The defence of the run leaves none of them.
+        """
+        updates, shares = [each.update for each in trained], self._shares(trained)
+        defended = self._defended(weights, trained, shares)
+        counted = [(each, weight) for each, weight in zip(trained, defended.weights, strict=True) if weight > 0.0]
+        if not counted:
+            raise NotEnoughClients(f"round {round_number}: the defence trusts none of {len(trained)} updates")
+        layers, energy = self._strategy.aggregate(
+            weights.layers,
+            [Contribution(layers=each.layers, weight=weight) for each, weight in counted],
+            round_number=round_number,
+            rules=self._rules,
+        )
+        after = AdapterWeights(layers=layers, heads=self._heads(weights, counted))
+        after, energy = self._optimized(weights, after, energy)
+        client_weights = {each.update.client: weight for each, weight in counted}
+        reasons = {u.client: reason for u, reason in zip(updates, defended.reasons, strict=True) if reason}
+        for client, reason in reasons.items():
+            _log.warning("round %d: %s: %s", round_number, client, reason)
+        return Combined(
+            weights=after,
+            client_weights=client_weights,
+            reduced={client: reason for client, reason in reasons.items() if client in client_weights},
+            quarantined={client: reason for client, reason in reasons.items() if client not in client_weights},
+            retained_energy=energy,
+            train_loss=sum(share * u.train_loss for u, share in zip(updates, shares, strict=True)),
+        )
+
+    def _shares(self, trained: Sequence[Trained]) -> list[float]:
+        alike = self._settings.defence.equal_weights
+        return example_weights([1 if alike else each.update.num_examples for each in trained])
+
+    def _defended(self, weights: AdapterWeights, trained: Sequence[Trained], shares: Sequence[float]) -> Defended:
+        if self._settings.defence.kind == "none":
+            return Defended(weights=tuple(shares), reasons=("",) * len(shares))
+        changes = [
+            change(
+                AdapterWeights(layers=each.layers, heads=each.update.weights.heads),
+                start=each.work.start if each.work.assignment.trainable else {},
+                heads=weights.heads,
+            )
+            for each in trained
+        ]
+        return defend(changes, weights=shares, settings=self._settings.defence)
+
+    def _heads(self, weights: AdapterWeights, counted: Sequence[tuple[Trained, float]]) -> dict[str, Tensor]:
+        heads, shares = [each.update.weights.heads for each, _ in counted], [weight for _, weight in counted]
+        if self._settings.defence.kind == "none":
+            return average_heads(heads, weights=shares)
+        return add_head_changes(weights.heads, heads, weights=shares)
+
+    def _optimized(
+        self, before: AdapterWeights, after: AdapterWeights, energy: dict[str, float]
+    ) -> tuple[AdapterWeights, dict[str, float]]:
+        limits = self._settings.aggregation
+        if limits.server_optimizer.kind == "fedavg" and limits.server_optimizer.learning_rate == 1.0:
+            return after, energy
+        weights, self._optimizer_state, kept = server_step(
+            before,
+            after,
+            self._optimizer_state,
+            settings=limits.server_optimizer,
+            max_rank=limits.max_rank,
+            energy=limits.energy,
+        )
+        return weights, {name: share * kept.get(name, 1.0) for name, share in energy.items()}
