@@ -32,9 +32,11 @@ class TrainerSpec(BaseModel):
 
     socket: str
     name: str
-    rank: int
+    rank: int | None
     data: str
     model: str = ""
+    memory_share: float = 0.5
+    round_s: float | None = None
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -89,13 +91,16 @@ def _serve_one(connection: Connection, handle: Handler) -> None:
 
 
 def _trainer(spec: TrainerSpec) -> Handler:
+    from pomona.client.capacity import Budget  # noqa: PLC0415
     from pomona.client.trainer import Profile, Trainer  # noqa: PLC0415
 
     def load(task: str) -> Dataset:
         return load_dataset(spec.data, split=None, task="causal-lm" if task == "causal-lm" else "classification")
 
-    _log.info("%s: ready; rank %d, data %s", spec.name, spec.rank, spec.data)
-    return Trainer(Profile(name=spec.name, rank=spec.rank, load_data=load, model_folder=spec.model)).answer
+    _log.info("%s: ready; rank %s, data %s", spec.name, spec.rank or "auto", spec.data)
+    budget = Budget(memory_share=spec.memory_share, round_s=spec.round_s)
+    profile = Profile(name=spec.name, rank=spec.rank, load_data=load, model_folder=spec.model, budget=budget)
+    return Trainer(profile).answer
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -29,7 +29,9 @@ class JoinSettings:
     Attributes:
         server: ``HOST:PORT`` of the coordinator's Fleet API.
         name: Unique among the clients of the coordinator.
-        rank: LoRA rank that the client trains.
+        rank: LoRA rank that the client trains; None: what its machine can carry, measured when it is invited.
+        memory_share: Share of the free memory that the adapter and its training state may take, for ``rank = None``.
+        round_s: Seconds that a round's training may take, for ``rank = None``; None: any.
         data: A CSV or JSONL file, or a data set that ships with the package.
         model: Folder of the base model; empty: the run's, where it ships in a package.
         root_certificates: Certificate authority of the coordinator (PEM); None: no TLS at all.
@@ -38,9 +40,11 @@ class JoinSettings:
 
     server: str
     name: str
-    rank: int
+    rank: int | None
     data: str
     model: str = ""
+    memory_share: float = 0.5
+    round_s: float | None = None
     root_certificates: Path | None = None
     threads: int = 1
 
@@ -53,8 +57,12 @@ class JoinSettings:
         """
         if not _NAME.fullmatch(self.name):
             raise ConfigError(f"expected a name of letters, digits, '.', '_' and '-', got {self.name!r}")
-        if self.rank < 1:
+        if self.rank is not None and self.rank < 1:
             raise ConfigError(f"expected a rank of at least 1, got {self.rank}")
+        if not 0.0 < self.memory_share <= 1.0:
+            raise ConfigError(f"expected a share of the memory above 0 and at most 1, got {self.memory_share}")
+        if self.round_s is not None and not 0.0 < self.round_s < float("inf"):
+            raise ConfigError(f"expected seconds above 0 for a round, got {self.round_s}")
         if self.threads < 1:
             raise ConfigError(f"expected at least 1 thread, got {self.threads}")
         if not _SERVER.fullmatch(self.server) or not 0 < int(self.server.rsplit(":", 1)[1]) < _PORTS:
@@ -113,7 +121,15 @@ def start_trainers(supervisor: Supervisor, clients: Sequence[JoinSettings]) -> l
     folder = supervisor.short_folder()
     sockets = [folder / str(number) for number, _ in enumerate(clients)]
     specs = [
-        {"socket": str(socket), "name": c.name, "rank": c.rank, "data": c.data, "model": c.model}
+        {
+            "socket": str(socket),
+            "name": c.name,
+            "rank": c.rank,
+            "data": c.data,
+            "model": c.model,
+            "memory_share": c.memory_share,
+            "round_s": c.round_s,
+        }
         for c, socket in zip(clients, sockets, strict=True)
     ]
     threads = str(clients[0].threads)

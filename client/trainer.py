@@ -7,7 +7,7 @@ the client cannot do it says in a :class:`~pomona.protocol.Refusal`, never with 
 import logging
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pydantic import ValidationError
 
@@ -15,6 +15,7 @@ from pomona import __version__
 from pomona.adapters import AdapterUpdate, AdapterWeights
 from pomona.base_model import check_base_model, find_base_model, is_packaged
 from pomona.batches import Encoded
+from pomona.client.capacity import Budget, choose_rank
 from pomona.client.train import train_locally
 from pomona.datasets import Dataset, check_labels
 from pomona.errors import BaseModelError, ConfigError, PayloadError, PomonaError
@@ -34,14 +35,16 @@ class Profile:
 
     Attributes:
         name: Its name.
-        rank: LoRA rank that it trains.
+        rank: LoRA rank that it trains; None: as large as its machine can carry, measured when it is invited.
+        budget: What it may spend, where the rank is measured.
         load_data: Loads its training set, for the task given.
         model_folder: Where its copy of the base model lies; empty: only base models that ship in a package.
     """
 
     name: str
-    rank: int
+    rank: int | None
     load_data: Callable[[str], Dataset]
+    budget: Budget = field(default_factory=Budget)
     model_folder: str = ""
 
 
@@ -52,11 +55,12 @@ class Trainer:
         self._profile = profile
         self._model: tuple[Invitation, AdaptedModel] | None = None
         self._data: tuple[Invitation, Encoded] | None = None
+        self._measured: tuple[Invitation, int] | None = None
 
     def become(self, profile: Profile) -> None:
         """Answer for another client from now on; the model stays, the data go."""
         if profile.name != self._profile.name:
-            self._data = None
+            self._data = self._measured = None
         self._profile = profile
 
     def answer(self, kind: str, json: str, payload: bytes) -> Answer:
@@ -90,7 +94,7 @@ class Trainer:
         model, data = self._prepare(invitation)
         answer = Enrolled(
             name=self._profile.name,
-            rank=self._profile.rank,
+            rank=self._rank(invitation, model, data),
             num_examples=len(data),
             base_sha256=model.manifest.base_sha256,
             pomona_version=__version__,
@@ -106,8 +110,8 @@ class Trainer:
 
     def _train(self, request: TrainRequest, payload: bytes) -> Answer:
         model, data = self._prepare(request.invitation)
-        if request.rank > self._profile.rank:
-            raise ConfigError(f"asked to train rank {request.rank}, this client takes at most {self._profile.rank}")
+        if request.rank > (largest := self._rank(request.invitation, model, data)):
+            raise ConfigError(f"asked to train rank {request.rank}, this client takes at most {largest}")
         run_id, number = request.invitation.run_id, request.round_number
         trained = train_locally(
             model,
@@ -138,6 +142,23 @@ class Trainer:
         _log.info("%s: round %d, %d steps, training loss %.3f", update.client, number, trained.steps, trained.loss)
         untrained: Factor | None = {"both": None, "a": "b", "b": "a"}[request.trains]
         return "update", "{}", encode_update(update, without=untrained)
+
+    def _rank(self, invitation: Invitation, model: AdaptedModel, data: Encoded) -> int:
+        """Return the client's rank; measured once per run where it is not given."""
+        if self._profile.rank is not None:
+            return self._profile.rank
+        if self._measured is None or self._measured[0] != invitation:
+            choice = choose_rank(
+                model,
+                data,
+                training=invitation.training,
+                min_rank=invitation.min_rank,
+                max_rank=invitation.max_rank,
+                budget=self._profile.budget,
+            )
+            _log.info("%s: chose rank %d: %s", self._profile.name, choice.rank, choice.reason)
+            self._measured = invitation, choice.rank
+        return self._measured[1]
 
     def _prepare(self, invitation: Invitation) -> tuple[AdaptedModel, Encoded]:
         """Return the model and the client's data; loaded once per run.
@@ -181,11 +202,11 @@ def _checked_data(invitation: Invitation, profile: Profile) -> Dataset:
         raise ConfigError(
             f"the coordinator runs pomona {invitation.pomona_version}, this client {__version__}; install the same"
         )
-    if profile.rank > invitation.max_rank:
+    if profile.rank is not None and profile.rank > invitation.max_rank:
         raise ConfigError(
             f"expected a rank of at most max_rank={invitation.max_rank}, got {profile.rank}; join with a lower --rank"
         )
-    if profile.rank < invitation.min_rank:
+    if profile.rank is not None and profile.rank < invitation.min_rank:
         raise ConfigError(
             f"all clients of this run train rank {invitation.min_rank}, got {profile.rank}; join with a higher --rank, "
             "or choose a strategy of unequal ranks"

@@ -65,4 +65,5 @@ def begin_run(registry: Registry, settings: RunSettings, *, run_id: str) -> Invi
         labels=held_out.labels,
         max_rank=settings.aggregation.max_rank,
         min_rank=settings.aggregation.rank or 1,
+        training=settings.training,
     )

@@ -121,10 +121,11 @@ class Roster:
         if holder is not None and holder != node and holder in online:
             self._heirs[node] = answer.name
             return "another connected client has that name"
-        if (before := self.members.get(answer.name)) is not None and before != enrolment:
+        before = self.members.get(answer.name)
+        if before is not None and before.num_examples != enrolment.num_examples:
             return (
-                f"it enrolled with rank {before.rank} and {before.num_examples} examples and now has rank "
-                f"{enrolment.rank} and {enrolment.num_examples}; let it join under another name"
+                f"it enrolled with {before.num_examples} examples and now has {enrolment.num_examples}; "
+                "let it join under another name"
             )
         return ""
 

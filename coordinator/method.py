@@ -113,6 +113,7 @@ class Method:
 
     def work(self, weights: AdapterWeights, *, rank: int, round_number: int) -> Work:
         """Return what clients that enrolled with a rank start a round from."""
+        rank = min([rank, *self._cap(round_number)])
         assignment = self._strategy.assign(weights.layers, rank=rank, round_number=round_number, rules=self._rules)
         fresh = assignment.trainable == 0 and assignment.trains == "both"
         start = {} if fresh else starting_factors(assignment, self._rules)
@@ -149,6 +150,11 @@ class Method:
             retained_energy=energy,
             train_loss=sum(share * u.train_loss for u, share in zip(updates, shares, strict=True)),
         )
+
+    def _cap(self, round_number: int) -> list[int]:
+        """Return the rank of the schedule that holds in a round, if one does."""
+        schedule = self._settings.aggregation.rank_schedule
+        return [rank for number, rank in schedule if number <= round_number][-1:]
 
     def _shares(self, trained: Sequence[Trained]) -> list[float]:
         alike = self._settings.defence.equal_weights

@@ -58,7 +58,7 @@ class _Round:
     number: int
     cohort: Sequence[str]
     began: float
-    work: dict[int, Work] = field(default_factory=dict)  # by the rank that clients enrolled with
+    work: dict[str, Work] = field(default_factory=dict)  # by client
     bytes_down: int = 0
     bytes_up: int = 0
     accepted: dict[str, AdapterUpdate] = field(default_factory=dict)
@@ -102,9 +102,12 @@ class LoraStrategy(Strategy):
         cohort = [str(name) for name in config["cohort"]]  # type: ignore[union-attr]
         self._round = _Round(server_round, cohort, time.monotonic())
         ranks = {name: self._roster.members[name].rank for name in cohort}
-        for rank in sorted(set(ranks.values())):
-            self._round.work[rank] = self._method.work(self.weights, rank=rank, round_number=server_round)
-        asked = {rank: self._request(work.assignment, server_round) for rank, work in self._round.work.items()}
+        by_rank = {
+            rank: self._method.work(self.weights, rank=rank, round_number=server_round)
+            for rank in sorted(set(ranks.values()))
+        }
+        self._round.work = {name: by_rank[rank] for name, rank in ranks.items()}
+        asked = {rank: self._request(work.assignment, server_round) for rank, work in by_rank.items()}
         self._round.bytes_down = sum(len(asked[rank][1]) for rank in ranks.values())
         return [
             Message(
@@ -222,7 +225,7 @@ class LoraStrategy(Strategy):
         return request.model_dump_json(), payload
 
     def _work_of(self, client: str) -> Work:
-        return self._round.work[self._roster.members[client].rank]
+        return self._round.work[client]
 
     def _asked(self, client: str) -> Enrolment:
         """Return what a client enrolled with, at the rank that it is to train."""

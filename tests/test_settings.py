@@ -135,6 +135,38 @@ WRONG: dict[str, tuple[str, tuple[str, ...]]] = {
         'name = "a"\n[aggregation]\nstrategy = "ffa"\nrank = 65',
         ("aggregation.rank=65 is above aggregation.max_rank=64",),
     ),
+    "a schedule that goes back": (
+        'name = "a"\n[aggregation]\nrank_schedule = [[3, 4], [1, 8]]',
+        ("the rounds of aggregation.rank_schedule should ascend, got [3, 1]",),
+    ),
+    "a schedule for an equal rank": (
+        'name = "a"\n[aggregation]\nstrategy = "ffa"\nrank = 4\nrank_schedule = [[1, 4]]',
+        ("aggregation.rank and aggregation.rank_schedule contradict each other",),
+    ),
+    "rank 0 in a schedule": (
+        'name = "a"\n[aggregation]\nrank_schedule = [[1, 0]]',
+        ("aggregation.rank_schedule.0.1", "got 0"),
+    ),
+    "attackers without a defence": (
+        'name = "a"\n[defence]\nattackers = 2',
+        ("defence.attackers goes with multi-krum and trimmed-mean", "got kind='none' and attackers=2"),
+    ),
+    "a defence that assumes no attackers": (
+        'name = "a"\n[defence]\nkind = "trimmed-mean"',
+        ("got kind='trimmed-mean' and attackers=0",),
+    ),
+    "too few updates for Krum": (
+        'name = "a"\n[defence]\nkind = "multi-krum"\nattackers = 2',
+        ("multi-krum needs 7 updates to withstand 2 attackers; raise cohort.min_replies, now 1",),
+    ),
+    "too few updates to trim": (
+        'name = "a"\n[defence]\nkind = "trimmed-mean"\nattackers = 2\n[cohort]\nmin_replies = 4',
+        ("a mean trimmed by 2 needs 5 updates; raise cohort.min_replies, now 4",),
+    ),
+    "a defence of a strategy that replaces": (
+        'name = "a"\n[defence]\nkind = "geometric-median"\n[aggregation]\nstrategy = "flexlora"',
+        ("a defence needs a strategy that adds changes (ffa-nested, flora-bounded), got strategy='flexlora'",),
+    ),
     "a warm start elsewhere": (
         'name = "a"\n[aggregation]\nstrategy = "flora"\nwarm_start = true',
         ("aggregation.warm_start is for flora-bounded, got strategy='flora'",),

@@ -41,6 +41,7 @@ class Invitation(_Record):
         labels: The classes, in order; empty for causal language models.
         max_rank: The largest rank that is accepted.
         min_rank: The smallest: what all clients train, where a strategy needs equal ranks.
+        training: What a round takes, for clients that choose their rank by it.
     """
 
     run_id: RunId
@@ -53,6 +54,7 @@ class Invitation(_Record):
     labels: Annotated[tuple[str, ...], Field(strict=False)] = ()
     max_rank: Rank
     min_rank: Rank = 1
+    training: TrainingSettings = TrainingSettings()
 
 
 class TrainRequest(_Record):

@@ -159,6 +159,7 @@ class AggregationSettings(_Section):
         strategy: A name that ``pomona strategies`` lists.
         rank: Rank that all clients train, for strategies that need equal ranks; the others take each client's own.
         max_rank: Rank of the global adapter, and the most a client may have.
+        rank_schedule: ``[[round, rank], ...]``: from that round on clients train at most that rank; rounds ascend.
         energy: Keep the smallest rank whose singular values hold this share of the energy.
         max_update_norm: Refuse an update with a larger Frobenius norm over all its layers and heads.
         max_examples: Refuse an update that claims more examples.
@@ -170,6 +171,7 @@ class AggregationSettings(_Section):
     strategy: StrategyName = "flora-bounded"
     rank: Annotated[int, Field(ge=1, le=4096)] | None = None
     max_rank: Annotated[int, Field(ge=1, le=4096)] = 64
+    rank_schedule: tuple[tuple[PositiveInt, Annotated[int, Field(ge=1, le=4096)]], ...] = ()
     energy: Fraction = 1.0
     max_update_norm: PositiveFloat = 1e4
     max_examples: PositiveInt = 10_000_000
@@ -187,6 +189,11 @@ class AggregationSettings(_Section):
             )
         if self.rank is not None and self.rank > self.max_rank:
             raise ValueError(f"aggregation.rank={self.rank} is above aggregation.max_rank={self.max_rank}; lower it")
+        if self.rank_schedule and self.rank is not None:
+            raise ValueError("aggregation.rank and aggregation.rank_schedule contradict each other; give one")
+        rounds = [number for number, _ in self.rank_schedule]
+        if rounds != sorted(set(rounds)):
+            raise ValueError(f"the rounds of aggregation.rank_schedule should ascend, got {rounds}")
         for option, given, fitting in (
             ("warm_start", self.warm_start, {"flora-bounded"}),
             ("rank_partitioned", self.rank_partitioned, REDISTRIBUTING),

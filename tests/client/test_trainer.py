@@ -16,6 +16,8 @@ from pomona.aggregation.flora import aggregate_layers
 from pomona.aggregation.verify import Enrolment, Expected, verify_update
 from pomona.base_model import base_model_sha256
 from pomona.batches import collate
+from pomona.client import trainer as trainer_module
+from pomona.client.capacity import Choice
 from pomona.client.trainer import Profile, Trainer
 from pomona.datasets import Dataset
 from pomona.errors import PayloadError, UpdateRejected
@@ -162,6 +164,28 @@ def test_a_client_trains_no_more_than_it_said(trainer: Trainer, invitation: Invi
     assert "train rank 5, got 4; join with a higher --rank" in refused(
         trainer.answer(ENROL, invited.model_dump_json(), b"")
     )
+
+
+def test_a_rank_that_is_not_given_is_measured_once_a_run(
+    make_profile: MakeProfile, invitation: Invitation, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[int] = []
+
+    def choose(*_: object, max_rank: int, **_more: object) -> Choice:
+        measured.append(max_rank)
+        return Choice(3, "a test says so")
+
+    monkeypatch.setattr(trainer_module, "choose_rank", choose)
+    auto = Trainer(replace(make_profile(name="anna", count=3), rank=None))
+    answer = auto.answer(ENROL, invitation.model_dump_json(), b"")
+    assert Enrolled.model_validate_json(answer[1]).rank == 3
+    start = encode_weights(first_heads(tiny_bert))
+    kind, _, payload = auto.answer(TRAIN, request(invitation, rank=3).model_dump_json(), start)
+    assert (kind, decode_update(payload).rank) == ("update", 3)
+    assert "takes at most 3" in refused(auto.answer(TRAIN, request(invitation, rank=4).model_dump_json(), start))
+    assert measured == [16]
+    auto.answer(ENROL, invitation.model_copy(update={"run_id": "run-2"}).model_dump_json(), b"")
+    assert measured == [16, 16]
 
 
 @pytest.mark.parametrize(("trains", "kept"), [("b", "a"), ("a", "b")])

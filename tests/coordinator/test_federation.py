@@ -348,6 +348,16 @@ def test_every_strategy_trains_over_the_wire(
         assert sent[number] == ({halves[name][number - 1]} if name in halves else {"lora_A", "lora_B"})
 
 
+def test_ranks_follow_the_schedule(registry: Registry, make_settings: MakeSettings, make_profile: MakeProfile) -> None:
+    nodes = [Node(make_profile(i, count=2, rank=rank)) for i, rank in enumerate((2, 8))]
+    limits = {"rank_schedule": [[2, 4], [3, 1]], "max_rank": 16}
+    run_federation(InProcessGrid(nodes), make_settings(rounds=3, aggregation=limits), registry, run_id=RUN)
+    asked = [[request.rank for request, _ in node.asked] for node in nodes]
+    assert asked == [[2, 2, 1], [8, 4, 1]]
+    for number in (1, 2, 3):
+        assert {each.status for each in by_client(registry, number).values()} == {"accepted"}
+
+
 def _scaled_up(factor: float) -> Tamper:
     """An attacker whose update is its honest one, many times over and the other way."""
 
