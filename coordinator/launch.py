@@ -15,13 +15,14 @@ from pomona import __version__, errors
 from pomona.coordinator.beginning import begin_run
 from pomona.coordinator.server import Server
 from pomona.errors import PomonaError, ProcessDied, RunFailed
-from pomona.processes import child_environment
+from pomona.processes import child_environment, listens
 from pomona.settings import RunSettings
 from pomona.storage.records import Run
 from pomona.storage.registry import Registry
 
 _POLL_S = 0.5
 _ALIVE_POLL_S = 60.0
+_LISTENS_POLL_S = 5.0
 _SUBMIT_TIMEOUT_S = 120.0
 
 _APP = """\
@@ -159,11 +160,18 @@ def failure(reason: str) -> errors.PomonaError:
 
 
 def watch_flower(server: Server, flower_run: int, *, folder: Path) -> Callable[[], None]:
-    """Return a check that Flower still runs a run; it asks seldom, because asking costs a process."""
-    asked = time.monotonic()
+    """Return a check that Flower still runs a run.
+
+    Whether the server is there is seen every few seconds; Flower is asked seldom, because asking costs a process.
+    """
+    asked = seen = time.monotonic()
 
     def alive() -> None:
-        nonlocal asked
+        nonlocal asked, seen
+        if time.monotonic() - seen > _LISTENS_POLL_S:
+            seen = time.monotonic()
+            if not listens(server.control):
+                raise ProcessDied(f"the server on {server.fleet} is gone; what it published is in the registry")
         if time.monotonic() - asked < _ALIVE_POLL_S:
             return
         asked = time.monotonic()

@@ -12,12 +12,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import psutil
-
 from pomona.errors import ConfigError, ProcessDied, ProcessError
 from pomona.processes import Supervisor, check_port, child_environment, free_ports, listens
 
 _FACTS = "server.json"
+_LOCK = "server.lock"
 _START_TIMEOUT_S = 60.0
 
 
@@ -134,9 +133,11 @@ def find_server(home: Path) -> Server:
     Raises:
         ProcessDied: None does.
     """
-    with suppress(OSError, ValueError, TypeError):
+    with suppress(OSError, ValueError, TypeError), (home / _LOCK).open() as lock:
         server = Server(**json.loads((home / _FACTS).read_text(encoding="utf-8")))
-        if psutil.pid_exists(server.pid):
+        try:  # a killed server leaves its facts behind, and another program may have its process id by now
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
             return server
     raise ProcessDied(f"no server runs on {home}; start one with `pomona server`")
 
@@ -166,7 +167,7 @@ def _command(server: Server, state: Path, tls: Tls | None) -> list[str]:
 def _only_server(home: Path) -> Iterator[None]:
     try:
         home.mkdir(parents=True, exist_ok=True)
-        lock = (home / "server.lock").open("a")
+        lock = (home / _LOCK).open("a")
     except OSError as error:
         raise ProcessError(f"cannot write in {home}: {error}; choose another --home") from error
     with lock:

@@ -1,0 +1,52 @@
+"""Which server runs, when one was killed, and how its end is noticed."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from pomona.coordinator import launch
+from pomona.coordinator.server import Server, _only_server, find_server
+from pomona.errors import ProcessDied, ProcessError
+from pomona.processes import free_ports
+
+
+def _facts(home: Path) -> None:
+    home.mkdir(exist_ok=True)
+    facts = {"pid": os.getpid(), "fleet": "127.0.0.1:1", "control": "127.0.0.1:2", "ca_certificate": ""}
+    (home / "server.json").write_text(json.dumps(facts))
+
+
+def test_a_server_is_found_while_it_holds_its_folder(tmp_path: Path) -> None:
+    with _only_server(tmp_path):
+        _facts(tmp_path)
+        assert find_server(tmp_path).control == "127.0.0.1:2"
+        with pytest.raises(ProcessError, match="runs on .* already"), _only_server(tmp_path):
+            pass
+
+
+def test_what_a_killed_server_left_behind_is_no_server(tmp_path: Path) -> None:
+    """Its process id may be another program's by now: here it is that of this test."""
+    with _only_server(tmp_path):
+        _facts(tmp_path)
+    with pytest.raises(ProcessDied, match="no server runs on"):
+        find_server(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": 1}', '{"pid": 1, "fleet": "a", "control": "b", "more": 1}'])
+def test_malformed_facts_are_no_server(tmp_path: Path, text: str) -> None:
+    with _only_server(tmp_path):
+        (tmp_path / "server.json").write_text(text)
+        with pytest.raises(ProcessDied, match="start one with `pomona server`"):
+            find_server(tmp_path)
+
+
+def test_a_run_notices_within_seconds_that_its_server_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (port,) = free_ports(1)
+    server = Server(pid=os.getpid(), fleet="127.0.0.1:1", control=f"127.0.0.1:{port}")
+    alive = launch.watch_flower(server, 1, folder=tmp_path)
+    alive()
+    monkeypatch.setattr(launch, "_LISTENS_POLL_S", -1.0)
+    with pytest.raises(ProcessDied, match="is gone; what it published is in the registry"):
+        alive()
