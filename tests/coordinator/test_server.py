@@ -22,7 +22,7 @@ def test_a_server_is_found_while_it_holds_its_folder(tmp_path: Path) -> None:
     with _only_server(tmp_path):
         _facts(tmp_path)
         assert find_server(tmp_path).control == "127.0.0.1:2"
-        with pytest.raises(ProcessError, match="runs on .* already"), _only_server(tmp_path):
+        with pytest.raises(ProcessError, match=r"runs on .+ already"), _only_server(tmp_path):
             pass
 
 
