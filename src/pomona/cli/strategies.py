@@ -2,7 +2,6 @@
 
 from pomona.cli.options import Json
 from pomona.cli.output import console, exit_on_error, print_json, print_table
-from pomona.strategies import STRATEGIES
 
 _YES = {True: "yes", False: "no"}
 
@@ -10,6 +9,8 @@ _YES = {True: "yes", False: "no"}
 def strategies(*, as_json: Json = False) -> None:
     """List the aggregation strategies that a run file can name."""
     with exit_on_error(as_json=as_json):
+        from pomona.strategies import STRATEGIES  # noqa: PLC0415
+
         if as_json:
             print_json([facts.model_dump() for facts in STRATEGIES])
             return
