@@ -84,12 +84,13 @@ class Bench:
         self.model = AdaptedModel(
             find_base_model("all-minilm-l6-v2"), task="classification", labels=class_names(self.train)
         )
-        self.held_out = self._encode(held_out)
-        self.all_train = self._encode(self.train)
+        self.held_out = self.encode(held_out)
+        self.all_train = self.encode(self.train)
         chosen = np.random.default_rng(0).permutation(len(held_out))[:LOCAL_EXAMPLES]
-        self.some_held_out = self._encode(held_out.subset(chosen.tolist()))
+        self.some_held_out = self.encode(held_out.subset(chosen.tolist()))
 
-    def _encode(self, data: Dataset) -> Encoded:
+    def encode(self, data: Dataset) -> Encoded:
+        """Tokenise a data set."""
         return self.model.encode(data.texts, data.labels, max_length=MAX_LENGTH)
 
     def shares(self, kind: str, seed: int) -> list[Encoded]:
@@ -100,7 +101,7 @@ class Bench:
             if kind == "iid"
             else partition_dirichlet(self.train.labels, count, alpha=self.setting.alpha, seed=seed, min_examples=1)
         )
-        return [self._encode(self.train.subset(part.tolist())) for part in parts]
+        return [self.encode(self.train.subset(part.tolist())) for part in parts]
 
     def accuracy(self, weights: AdapterWeights) -> float:
         """Score a global adapter on the held-out split."""

@@ -16,7 +16,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -146,12 +146,13 @@ def main() -> None:
     ]
     bench = None
     for case in cases:
-        if _find(options.out, case, setting) is None:
+        wanted = {"rounds": setting.rounds, "steps": setting.steps, **_facts(case)}
+        if not any(all(run[key] == value for key, value in wanted.items()) for run in read_runs(options.out)):
             bench = bench or Bench(setting)
             began = time.process_time()
             found = run_case(bench, case)
             cpu_s = round(time.process_time() - began, 1)
-            _keep(options.out, case, setting, {**found, "cpu_s": cpu_s})
+            keep_run(options.out, {**wanted, **found, "cpu_s": cpu_s})
             Console().print(f"{case}: {found['accuracy']:.4f} ({cpu_s} s)")
     report(options.out)
 
@@ -163,7 +164,7 @@ def report(out: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt  # noqa: PLC0415
 
-    runs = json.loads(out.read_text())["runs"]
+    runs = read_runs(out)
     keys = ("rounds", "steps", "kind", "ranks", "method")
     groups: dict[tuple[object, ...], list[Mapping[str, float]]] = {}
     for run in runs:
@@ -199,7 +200,7 @@ def _shares(bench: Bench, case: Case) -> list[object]:
         parts = partition_iid(len(bench.train), count, seed=case.seed)
     else:
         parts = partition_dirichlet(bench.train.labels, count, alpha=ALPHAS[case.kind], seed=case.seed, min_examples=1)
-    return [bench._encode(bench.train.subset(part.tolist())) for part in parts]
+    return [bench.encode(bench.train.subset(part.tolist())) for part in parts]
 
 
 def _untrained(assignment: Assignment) -> str | None:
@@ -221,20 +222,20 @@ def _check_frozen_factor(assignment: Assignment, rules: Rules, trained: AdapterW
             raise SystemExit(f"the frozen factor of {name} is not what the server knows")
 
 
-def _find(out: Path, case: Case, setting: Setting) -> Mapping[str, object] | None:
-    runs: Sequence[Mapping[str, object]] = json.loads(out.read_text())["runs"] if out.exists() else []
-    wanted = {"rounds": setting.rounds, "steps": setting.steps, **_facts(case)}
-    return next((run for run in runs if all(run[key] == value for key, value in wanted.items())), None)
+def read_runs(out: Path) -> list[dict[str, object]]:
+    """Return the runs that a result file has."""
+    return json.loads(out.read_text())["runs"] if out.exists() else []
 
 
-def _keep(out: Path, case: Case, setting: Setting, found: Mapping[str, object]) -> None:
+def keep_run(out: Path, run: Mapping[str, object]) -> None:
+    """Add a run to a result file, also while other processes add theirs."""
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = os.open(out.parent, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)  # processes that share the work
         machine = {"pomona": __version__, "torch": torch.__version__, "python": platform.python_version()}
         document = json.loads(out.read_text()) if out.exists() else {"machine": machine, "runs": []}
-        document["runs"].append({"rounds": setting.rounds, "steps": setting.steps, **_facts(case), **found})
+        document["runs"].append(dict(run))
         out.write_text(json.dumps(document, indent=1) + "\n")
     finally:
         os.close(folder)
