@@ -30,7 +30,12 @@ class Terminal:
         """Start ``pomona`` in the background; what it prints goes to ``<name>.txt`` and ``<name>.err.txt``."""
         with self.output(name).open("wb") as out, self.output(f"{name}.err").open("wb") as err:
             process = subprocess.Popen(
-                [POMONA, *arguments], stdout=out, stderr=err, env=self._environment(), cwd=self.folder
+                [POMONA, *arguments],
+                stdout=out,
+                stderr=err,
+                env=self._environment(),
+                cwd=self.folder,
+                preexec_fn=_obey_interrupts,  # noqa: PLW1509 - no threads here
             )
         self.running.append(process)
         return process
@@ -81,6 +86,10 @@ class Terminal:
 
     def _environment(self) -> dict[str, str]:
         return {**os.environ, MARK: self.mark, "NO_COLOR": "1", "COLUMNS": "200"}
+
+
+def _obey_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background of a script inherits that it is ignored
 
 
 def wait_until(condition: Callable[[], bool], *, what: str, timeout_s: float) -> None:
