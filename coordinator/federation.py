@@ -19,7 +19,7 @@ from pomona.base_model import find_base_model
 from pomona.batches import Encoded
 from pomona.coordinator.beginning import begin_run, load_held_out
 from pomona.coordinator.enrolment import Introduction, Roster, choose_cohort
-from pomona.coordinator.replies import Reply, collect, pull
+from pomona.coordinator.replies import Puller, Reply, collect
 from pomona.coordinator.strategy import Aggregate, LoraStrategy
 from pomona.errors import NotEnoughClients, PayloadError, PomonaError
 from pomona.lora_model import AdaptedModel, Scores
@@ -69,6 +69,7 @@ class _Federation:
             held_out.texts, held_out.labels, max_length=settings.model.max_length
         )
         self._roster = Roster()
+        self._puller = Puller(grid)
         self._invited: dict[str, int] = {}
         self._strategy = LoraStrategy(
             settings=settings,
@@ -107,7 +108,7 @@ class _Federation:
     def _collect(self, messages: Sequence[Message], cohort: Sequence[str]) -> None:
         deadline_s = self._settings.cohort.round_deadline_s
         waiting = set(cohort)
-        for position, reply in collect(self._grid, messages, deadline_s=deadline_s, idle=self._enrol_newcomers):
+        for position, reply in collect(self._puller, messages, deadline_s=deadline_s, idle=self._enrol_newcomers):
             waiting.discard(cohort[position])
             self._strategy.receive(cohort[position], reply)
         for client in sorted(waiting):
@@ -208,7 +209,7 @@ class _Federation:
         sent = self._grid.push_messages(messages) if messages else []
         self._invited.update({message_id: node for message_id, node in zip(sent, nodes, strict=True) if message_id})
         for message_id, node in list(self._invited.items()):
-            if (reply := pull(self._grid, message_id)) is not None:
+            if (reply := self._puller.pull(message_id)) is not None:
                 del self._invited[message_id]
                 self._enrol(self._introduction(node, reply, online))
 

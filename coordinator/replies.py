@@ -5,8 +5,10 @@ that sends bytes which are no Flower message would take the updates of the other
 itself, and the updates of a large cohort never lie in memory together.
 """
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 from flwr.app import Message
 from flwr.serverapp import Grid
@@ -15,20 +17,44 @@ from pomona.errors import PayloadError
 
 _POLL_S = 0.3
 _IDLE_S = 3.0
+_PULL_S = 2.0
 
 Reply = Message | PayloadError
 
 
-def pull(grid: Grid, message_id: str) -> Reply | None:
-    """Return the reply to one message, why it cannot be read, or None while there is none."""
-    try:
-        return next(iter(grid.pull_messages([message_id])), None)
-    except Exception as error:  # what Flower raises depends on the bytes that a client made up
-        return PayloadError(f"its reply cannot be read: {type(error).__name__}: {error}"[:500])
+@dataclass(slots=True)
+class Puller:
+    """Pulls replies, each in a thread of its own, so that one that never comes whole holds up nobody.
+
+    Where a client dies in the middle of its reply, Flower waits up to two hours for the rest of it.
+    """
+
+    grid: Grid
+    _stuck: dict[str, tuple[threading.Thread, list[Reply]]] = field(default_factory=dict)
+
+    def pull(self, message_id: str) -> Reply | None:
+        """Return the reply to one message, why it cannot be read, or None while there is none."""
+        if message_id not in self._stuck:
+            found: list[Reply] = []
+            thread = threading.Thread(target=self._pull, args=(message_id, found), daemon=True)
+            thread.start()
+            thread.join(_PULL_S)
+            self._stuck[message_id] = thread, found
+        thread, found = self._stuck[message_id]
+        if thread.is_alive():
+            return None
+        del self._stuck[message_id]
+        return found[0] if found else None
+
+    def _pull(self, message_id: str, found: list[Reply]) -> None:
+        try:
+            found.extend(self.grid.pull_messages([message_id]))
+        except Exception as error:  # what Flower raises depends on the bytes that a client made up
+            found.append(PayloadError(f"its reply cannot be read: {type(error).__name__}: {error}"[:500]))
 
 
 def collect(
-    grid: Grid,
+    puller: Puller,
     messages: Sequence[Message],
     *,
     deadline_s: float,
@@ -41,16 +67,18 @@ def collect(
     """
     waiting = {
         message_id: position
-        for position, message_id in enumerate(grid.push_messages(messages) if messages else [])
+        for position, message_id in enumerate(puller.grid.push_messages(messages) if messages else [])
         if message_id
     }
     deadline = time.monotonic() + deadline_s
     next_idle = time.monotonic() + _IDLE_S
     while waiting:
         for message_id, position in list(waiting.items()):
-            if (reply := pull(grid, message_id)) is not None:
+            if (reply := puller.pull(message_id)) is not None:
                 del waiting[message_id]
                 yield position, reply
+            if time.monotonic() > deadline:
+                return
         if time.monotonic() > deadline:
             return
         if time.monotonic() > next_idle:

@@ -333,6 +333,17 @@ def test_raw_weights_are_normalised_at_the_end() -> None:
     assert relative_error(factors.delta(), start.delta() + dense_sum(updates, shares)) < 1e-13
 
 
+@pytest.mark.parametrize("guard_rank", [4, 100])
+@pytest.mark.parametrize("rank", [2, 27, 50])
+def test_the_start_may_have_any_rank_and_scale(guard_rank: int, rank: int) -> None:
+    gen = random()
+    start, own = make_factors(gen, rank, scale=0.375), make_factors(gen, 5, scale=2.0)
+    factors, retained = accumulate([own], [4.0], guard_rank=guard_rank, start=start).result(50, 1.0, mean=True)
+    assert retained == 1.0
+    assert factors.rank == min(rank + 5, IN)
+    assert relative_error(factors.delta(), start.delta() + own.delta()) < 1e-13
+
+
 def test_a_client_that_changes_nothing_counts_in_the_mean() -> None:
     busy = make_factors(random(), 2)
     idle = LoraFactors(a=busy.a, b=torch.zeros_like(busy.b))
@@ -403,6 +414,9 @@ def test_terms_that_cancel_exactly_leave_room() -> None:
     one = LoraFactors(a=torch.eye(4, IN), b=torch.cat([torch.eye(OUT, 2), -torch.eye(OUT, 2)], dim=1))
     nothing = LoraFactors(a=torch.cat([one.a[:2], one.a[:2]]), b=one.b)
     busy = make_factors(random(), 2, dtype=torch.float32)
+    factors, retained = accumulate([nothing], [1.0], guard_rank=2, dtype=torch.float32).result(4, 1.0)
+    assert (factors.rank, retained) == (1, 1.0)
+    assert torch.equal(factors.delta(), torch.zeros(OUT, IN))
     total = accumulate([nothing, busy], [1.0, 1.0], guard_rank=2, dtype=torch.float32)
     assert total.error_bound == 0.0
     assert relative_error(held(total), dense_sum([busy], [1.0])) < 1e-6

@@ -6,6 +6,7 @@ import logging
 import math
 import pickle
 import re
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -623,6 +624,32 @@ def test_bytes_that_flower_cannot_read_harm_only_their_sender(
         }
         assert sent["client-1"].reason.startswith(f"its reply cannot be read: {type(error).__name__}")
     assert mute.invited == 1
+
+
+def test_a_reply_that_never_comes_whole_holds_up_nobody(
+    registry: Registry, make_settings: MakeSettings, make_profile: MakeProfile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that dies while it sends: Flower would wait for the rest of its reply for two hours."""
+    monkeypatch.setattr(replies, "_PULL_S", 0.05)
+    grid = InProcessGrid([Node(make_profile(0, count=2)), Node(make_profile(1, count=2))])
+    pull, never = grid.pull_messages, threading.Event()
+
+    def pull_and_wait(message_ids: Iterable[str]) -> Iterable[Message]:
+        if "message-3" in message_ids:  # the second client's first update; its enrolment was message-1
+            never.wait()
+        return pull(message_ids)
+
+    monkeypatch.setattr(grid, "pull_messages", pull_and_wait)
+    settings = make_settings(rounds=2, cohort={"round_deadline_s": 6.0, "join_timeout_s": 5.0})
+    began = time.monotonic()
+    try:
+        run_federation(grid, settings, registry, run_id=RUN)
+    finally:
+        never.set()
+    assert time.monotonic() - began < 60.0
+    first, second = by_client(registry, 1), by_client(registry, 2)
+    assert (first["client-0"].status, first["client-1"].status) == ("accepted", "late")
+    assert (second["client-0"].status, second["client-1"].status) == ("accepted", "accepted")
 
 
 def test_flowers_error_counts_as_no_answer(
