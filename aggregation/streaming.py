@@ -46,7 +46,7 @@ class StackAccumulator:
     Args:
         out: Rows of the layer.
         in_: Columns of the layer.
-        guard_rank: Rank kept by a merge, at least 1; above the ``max_rank`` of the result, say by half.
+        guard_rank: Rank kept by a merge, at least 1; above the ``max_rank`` of the result, by a quarter or more.
         block_rank: Rank that is gathered between merges, ``guard_rank`` by default.
         start: The global adapter, to which the sum is added at the end. It is only referred to.
         dtype: In which terms are held and decomposed, float32 or float64; cores are float64. Float32 takes half the

@@ -48,6 +48,6 @@ def demo(
                 f"accuracy {result.accuracy_initial:.4f} before, {result.accuracy_rounds[-1]:.4f} after "
                 f"{result.rounds} rounds; plain peft loads {result.export_dir} and scores "
                 f"{result.accuracy_exported:.4f}; {result.wall_s:.0f} s in all\n"
-                f"next: pomona registry lineage {result.adapter} | pomona registry ls | pomona server --insecure",
+                f"next: pomona registry lineage {result.adapter}, pomona registry ls, pomona server --insecure",
                 soft_wrap=True,
             )
