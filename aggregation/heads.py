@@ -38,22 +38,41 @@ def average_heads(updates: Sequence[Mapping[str, Tensor]], *, weights: Sequence[
     """
     if len(updates) != len(weights):
         raise ValueError(f"got {len(updates)} updates but {len(weights)} weights")
-    for weight in weights:
+    mean = HeadMean()
+    for update, weight in zip(updates, weights, strict=True):
+        mean.add(update, weight)
+    return mean.result()
+
+
+class HeadMean:
+    """The mean of :func:`average_heads`, fed one client after another."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._weights: dict[str, float] = {}
+
+    def add(self, heads: Mapping[str, Tensor], weight: float) -> None:
+        """Count a client's parameters in; they are copied.
+
+        Raises:
+            ValueError: The weight is negative or not finite, or a parameter has another shape than before.
+        """
         if not (math.isfinite(weight) and weight >= 0.0):
             raise ValueError(f"expected finite weights that are not negative, got {weight}")
-    names = sorted({name for update in updates for name in update})
-    return {name: _average(name, updates, weights) for name in names}
+        for name, head in heads.items():
+            total = self._sums.setdefault(name, torch.zeros_like(head, dtype=torch.float64))
+            if total.shape != head.shape:
+                raise ValueError(f"expected one shape of {name!r}, got {tuple(total.shape)} and {tuple(head.shape)}")
+            total.add_(head.detach().double(), alpha=weight)
+            self._weights[name] = self._weights.get(name, 0.0) + weight
 
+    def result(self) -> dict[str, Tensor]:
+        """Return the means so far, float32, in sorted order.
 
-def _average(name: str, updates: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> Tensor:
-    held = [(update[name], weight) for update, weight in zip(updates, weights, strict=True) if name in update]
-    shapes = {tuple(tensor.shape) for tensor, _ in held}
-    if len(shapes) != 1:
-        raise ValueError(f"expected one shape of {name!r}, got {sorted(shapes)}")
-    total = math.fsum(weight for _, weight in held)
-    if total == 0.0:
-        raise ValueError(f"the clients that hold {name!r} have weight 0 together")
-    mean = torch.zeros_like(held[0][0], dtype=torch.float64)
-    for tensor, weight in held:
-        mean += (weight / total) * tensor.detach().double()
-    return mean.float()
+        Raises:
+            ValueError: The holders of a parameter weigh nothing.
+        """
+        for name, total in self._weights.items():
+            if total == 0.0:
+                raise ValueError(f"the clients that hold {name!r} have weight 0 together")
+        return {name: (self._sums[name] / self._weights[name]).float() for name in sorted(self._sums)}

@@ -61,6 +61,11 @@ class Defended:
         return tuple(k for k, weight in enumerate(self.weights) if weight == 0.0)
 
 
+def trusted(weights: Sequence[float]) -> Defended:
+    """Return a cohort as it is."""
+    return Defended(weights=tuple(weights), reasons=("",) * len(weights))
+
+
 def median_bound(gram: Tensor, *, factor: float) -> float:
     """Return ``factor`` times the median norm of a cohort, a bound for :func:`norm_bounding`.
 

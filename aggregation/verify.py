@@ -22,6 +22,7 @@ from torch import Tensor
 from pomona.adapters import AdapterUpdate, LoraFactors
 from pomona.errors import UpdateRejected
 from pomona.manifest import AdapterManifest
+from pomona.ranks import RankPattern, layer_rank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +61,7 @@ class Expected:
         max_update_norm: Largest Frobenius norm over all layers and heads.
         max_examples: Largest number of examples that a client may claim.
         max_rank: Largest rank that a client may have.
+        rank_pattern: Of the run's training: which layers have another rank than their client.
     """
 
     run_id: str
@@ -69,6 +71,7 @@ class Expected:
     max_update_norm: float
     max_examples: int
     max_rank: int
+    rank_pattern: RankPattern = ()
 
 
 def verify_update(update: AdapterUpdate, *, enrolment: Enrolment, expected: Expected) -> None:
@@ -83,7 +86,7 @@ def verify_update(update: AdapterUpdate, *, enrolment: Enrolment, expected: Expe
     reasons = itertools.chain(
         _wrong_origin(update, enrolment, expected),
         _wrong_claims(update, enrolment, expected),
-        _wrong_tensors(update, expected.manifest),
+        _wrong_tensors(update, expected.manifest, expected.rank_pattern),
         _wrong_size(update, enrolment, expected),
     )
     for reason in reasons:
@@ -143,18 +146,20 @@ def _wrong_claims(update: AdapterUpdate, enrolment: Enrolment, expected: Expecte
         yield f"expected a finite train_loss, got {update.train_loss}"
 
 
-def _wrong_tensors(update: AdapterUpdate, manifest: AdapterManifest) -> Iterator[str]:
+def _wrong_tensors(
+    update: AdapterUpdate, manifest: AdapterManifest, rank_pattern: RankPattern
+) -> Iterator[str]:
     layers, heads = update.weights.layers, update.weights.heads
     yield from _wrong_names("layer", layers, manifest.layers)
     yield from _wrong_names("head", heads, manifest.heads)
     for name, (out, in_) in manifest.layers.items():
-        factors = layers[name]
-        if factors.rank != update.rank:
-            yield f"layer {name!r} has rank {factors.rank}, the update says {update.rank}"
+        factors, rank = layers[name], layer_rank(rank_pattern, name, update.rank)
+        if factors.rank != rank:
+            yield f"layer {name!r} has rank {factors.rank}, the update says {rank}"
         if factors.scale != 1.0:
             yield f"layer {name!r} should have unscaled factors, got scale {factors.scale}"
-        yield from _wrong_tensor(f"lora_A of layer {name!r}", factors.a, (update.rank, in_))
-        yield from _wrong_tensor(f"lora_B of layer {name!r}", factors.b, (out, update.rank))
+        yield from _wrong_tensor(f"lora_A of layer {name!r}", factors.a, (rank, in_))
+        yield from _wrong_tensor(f"lora_B of layer {name!r}", factors.b, (out, rank))
     for name, shape in manifest.heads.items():
         yield from _wrong_tensor(f"head {name!r}", heads[name], shape)
 

@@ -321,8 +321,8 @@ def _central(bench: Bench, seed: int, *, steps: int, batch_size: int) -> dict[st
 
 
 def _scaled(trained: Trained, setting: Setting) -> dict[str, LoraFactors]:
-    scale = setting.training(steps=1, batch_size=1).alpha_per_rank
-    return {name: replace(factors, scale=scale) for name, factors in trained.weights.layers.items()}
+    scale_of = setting.training(steps=1, batch_size=1).scale_of
+    return {name: replace(each, scale=scale_of(each.rank)) for name, each in trained.weights.layers.items()}
 
 
 def _check_exact(

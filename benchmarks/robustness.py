@@ -193,7 +193,7 @@ def _changed(
     trained = bench.local_round(
         data, weights, rank=rank, steps=setting.steps, batch_size=setting.batch_size, seed=seed, number=number, who=who
     ).weights
-    scale = setting.training(steps=1, batch_size=1).alpha_per_rank
+    scale = setting.training(steps=1, batch_size=1).scale_of(rank)
     scaled = {name: replace(each, scale=scale) for name, each in trained.layers.items()}
     return change(AdapterWeights(layers=scaled, heads=trained.heads), start={}, heads=weights.heads)
 

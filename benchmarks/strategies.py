@@ -1,13 +1,15 @@
-"""Every aggregation strategy on one federation: WordNet glosses, MiniLM, ten clients.
+"""Every aggregation strategy on one federation: WordNet glosses, MiniLM, five clients.
 
 With the package's own local training and strategies, called in this process without the network; bytes are those of the
-payloads that would travel. Ranks are those of FLoRA's paper (64,32,16,16,8,8,4,4,4,4) or 16 everywhere; strategies of
-equal ranks run with 16 only. ``--kinds`` chooses IID, Dirichlet(0.3) or Dirichlet(0.1); ``--rounds`` and ``--steps``
-trade many short rounds for few long ones. Scores are on the test split; all strategies share the learning rates that
-``benchmarks/accuracy.py`` uses, chosen on the validation split with bounded FLoRA.
+payloads that would travel. Ranks are 64, 32, 16, 8, 4, or 16 everywhere; strategies of equal ranks run with 16 only.
+``--kinds`` chooses IID, Dirichlet(0.3) or Dirichlet(0.1); ``--rounds`` and ``--steps`` trade many short rounds for few
+long ones. The budget is small (250 local steps of 8 examples a client's share of which is 50), so that methods are
+compared at equal cost; it is no measure of what they reach in the end.
 
-Every finished run is written down at once, so an interrupted benchmark goes on where it stopped, and several processes
-may share the work. Run as ``python benchmarks/strategies.py``; results and the plot go to ``benchmarks/results/``.
+Each method has its own learning rate, chosen by ``--tune`` on the validation split, with a seed and a partition that
+are not reported on; results are those of the test split. Every finished run is written down at once, so an interrupted
+benchmark goes on where it stopped, and several processes may share the work. Run as
+``python benchmarks/strategies.py --tune``, then without; results and the plot go to ``benchmarks/results/``.
 """
 
 import argparse
@@ -19,6 +21,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,17 +34,20 @@ from pomona.adapters import AdapterWeights, LoraFactors
 from pomona.aggregation.heads import average_heads
 from pomona.aggregation.strategies import BY_NAME
 from pomona.aggregation.strategies.contract import Assignment, Contribution, Rules
+from pomona.aggregation.strategies.hetlora import pruned
 from pomona.aggregation.strategies.start import starting_factors
 from pomona.aggregation.weights import example_weights
 from pomona.client.train import train_locally
 from pomona.partition import partition_dirichlet, partition_iid
 from pomona.seeds import seed_of
+from pomona.settings import SelfPruningSettings
 from pomona.strategies import EQUAL_RANK
 from pomona.wire import encode_weights
 
 RESULTS = Path(__file__).parent / "results"
 ALPHAS = {"dirichlet-0.3": 0.3, "dirichlet-0.1": 0.1}
-METHODS: dict[str, tuple[str, dict[str, bool]]] = {
+PRUNING = SelfPruningSettings()
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "flora-bounded": ("flora-bounded", {}),
     "flora-bounded, warm": ("flora-bounded", {"warm_start": True}),
     "flora": ("flora", {}),
@@ -52,11 +58,16 @@ METHODS: dict[str, tuple[str, dict[str, bool]]] = {
     "fedex": ("fedex", {}),
     "hetlora": ("hetlora", {}),
     "hetlora, partitioned": ("hetlora", {"rank_partitioned": True}),
+    "hetlora, self-pruning": ("hetlora", {"self_pruning": PRUNING}),
     "flexlora": ("flexlora", {}),
     "flexlora, partitioned": ("flexlora", {"rank_partitioned": True}),
 }
+UNEQUAL_ONLY = {name for name in METHODS if "partitioned" in name or "pruning" in name}
+RANKS = (64, 32, 16, 8, 4)
 EQUAL = 16
 MAX_RANK = 64
+RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+TUNING_SEED, TUNING_ROUNDS, TUNING_KIND = 100, 5, "dirichlet-0.3"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,20 +80,24 @@ class Case:
     seed: int
 
 
-def run_case(bench: Bench, case: Case) -> dict[str, object]:
-    """Run one federation and return its accuracy after chosen rounds, its bytes and its time."""
+def run_case(bench: Bench, case: Case, learning_rate: float) -> dict[str, object]:
+    """Run one federation and return its accuracy, its bytes and its time."""
     setting = bench.setting
     name, options = METHODS[case.method]
     strategy = BY_NAME[name]  # type: ignore[index]
     ranks = setting.ranks if case.ranks == "unequal" else (EQUAL,) * len(setting.ranks)
-    training = setting.training(steps=setting.steps, batch_size=setting.batch_size)
-    rules = Rules(shapes=bench.model.manifest.layers, seed=case.seed, max_rank=MAX_RANK, rank=EQUAL, **options)
+    steps = setting.training(steps=setting.steps, batch_size=setting.batch_size)
+    training = steps.model_copy(update={"learning_rate": learning_rate})
+    rules = Rules(
+        shapes=bench.model.manifest.layers, seed=case.seed, max_rank=MAX_RANK, training=training, rank=EQUAL, **options
+    )
     shares = _shares(bench, case)
     weights = example_weights([len(data) for data in shares])
-    state, curve, down, up, aggregation_s = bench.start(case.seed), [], 0, 0, 0.0
+    state, down, up, aggregation_s = bench.start(case.seed), 0, 0, 0.0
+    largest = list(ranks)
     for number in range(1, setting.rounds + 1):
         contributions, heads = [], []
-        for client, (data, rank) in enumerate(zip(shares, ranks, strict=True)):
+        for client, (data, rank) in enumerate(zip(shares, largest, strict=True)):
             assignment = strategy.assign(state.layers, rank=rank, round_number=number, rules=rules)
             given = AdapterWeights(layers=assignment.layers, heads=state.heads)
             down += len(encode_weights(given, without="a" if assignment.draws_a else None))
@@ -97,23 +112,25 @@ def run_case(bench: Bench, case: Case) -> dict[str, object]:
                 trainable=assignment.trainable,
                 trains=assignment.trains,
                 initial=assignment.initial,
+                tail=(assignment.tail_from, assignment.tail_penalty),
             ).weights
             up += len(encode_weights(trained, without=_untrained(assignment)))
             _check_frozen_factor(assignment, rules, trained)
-            contributions.append(
-                Contribution(layers=_scaled(trained.layers, rules, assignment), weight=weights[client])
-            )
+            layers = _scaled(trained.layers, rules, assignment)
+            if rules.self_pruning is not None:
+                start = starting_factors(assignment, rules)
+                largest[client], layers = pruned(start, layers, rank=rank, rules=rules)
+            contributions.append(Contribution(layers=layers, weight=weights[client]))
             heads.append(trained.heads)
         began = time.perf_counter()
         layers, _ = strategy.aggregate(state.layers, contributions, round_number=number, rules=rules)
         aggregation_s += time.perf_counter() - began
         state = AdapterWeights(layers=layers, heads=average_heads(heads, weights=weights))
-        if number in {setting.rounds, setting.rounds // 2, max(1, setting.rounds // 4)}:
-            curve.append((number, bench.accuracy(state)))
     per_transfer = len(shares) * setting.rounds
     return {
-        "accuracy": curve[-1][1],
-        "curve": curve,
+        "accuracy": bench.accuracy(state),
+        "learning_rate": learning_rate,
+        "last_ranks": largest,
         "bytes_down": down // per_transfer,
         "bytes_up": up // per_transfer,
         "aggregation_s": round(aggregation_s / setting.rounds, 3),
@@ -130,19 +147,24 @@ def main() -> None:
     parser.add_argument("--ranks", nargs="+", choices=["unequal", "equal"], default=["unequal", "equal"])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--tune", action="store_true", help="choose learning rates on the validation split")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS / "strategies.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    setting = Setting(rounds=options.rounds, steps=options.steps)
+    if options.tune:
+        tune(Bench(Setting(ranks=RANKS, rounds=TUNING_ROUNDS, steps=options.steps, split="validation")), options)
+        return
+    setting = Setting(ranks=RANKS, rounds=options.rounds, steps=options.steps)
+    chosen = rates(RESULTS / "strategies-rates.json")
     cases = [
         Case(method, kind, ranks, seed)
         for seed in options.seeds
         for ranks in options.ranks
         for kind in options.kinds
         for method in options.methods
-        if ranks == "equal" or METHODS[method][0] not in EQUAL_RANK
+        if runs_with(method, ranks)
     ]
     bench = None
     for case in cases:
@@ -150,11 +172,41 @@ def main() -> None:
         if not any(all(run[key] == value for key, value in wanted.items()) for run in read_runs(options.out)):
             bench = bench or Bench(setting)
             began = time.process_time()
-            found = run_case(bench, case)
+            found = run_case(bench, case, chosen[case.method])
             cpu_s = round(time.process_time() - began, 1)
             keep_run(options.out, {**wanted, **found, "cpu_s": cpu_s})
             Console().print(f"{case}: {found['accuracy']:.4f} ({cpu_s} s)")
     report(options.out)
+
+
+def runs_with(method: str, ranks: str) -> bool:
+    """Return whether a method is run with such ranks; options that change nothing at equal ranks are not."""
+    return method not in UNEQUAL_ONLY if ranks == "equal" else METHODS[method][0] not in EQUAL_RANK
+
+
+def tune(bench: Bench, options: argparse.Namespace) -> None:
+    """Score every method at every learning rate, on the validation split; what is there already stays."""
+    out = RESULTS / "strategies-rates.json"
+    for method in options.methods:
+        ranks = "unequal" if runs_with(method, "unequal") else "equal"
+        case = Case(method, TUNING_KIND, ranks, TUNING_SEED)
+        for rate in RATES:
+            if any((run["method"], run["learning_rate"]) == (method, rate) for run in read_runs(out)):
+                continue
+            found = run_case(bench, case, rate)
+            keep_run(out, {"method": method, "learning_rate": rate, "validation_accuracy": found["accuracy"]})
+            Console().print(f"{case} {rate:g}: {found['accuracy']:.4f}")
+
+
+def rates(path: Path) -> dict[str, float]:
+    """Return each method's best learning rate."""
+    best: dict[str, tuple[float, float]] = {}
+    for run in read_runs(path):
+        scored = float(run["validation_accuracy"]), float(run["learning_rate"])
+        best[str(run["method"])] = max(best.get(str(run["method"]), (0.0, 0.0)), scored)
+    if missing := set(METHODS) - set(best):
+        raise SystemExit(f"no learning rate was chosen for {', '.join(sorted(missing))}; run with --tune first")
+    return {method: rate for method, (_, rate) in best.items()}
 
 
 def report(out: Path) -> None:

@@ -1,5 +1,6 @@
 """Local LoRA training on one client: the global adapter stays frozen, a fresh one is trained. Knows no network."""
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -41,6 +42,7 @@ def train_locally(
     trainable: int = 0,
     trains: Trains = "both",
     initial: Initial = "uniform",
+    tail: tuple[int, float] = (0, 0.0),
 ) -> Trained:
     """Train an adapter over the frozen global one, or over a part of it from the rest.
 
@@ -57,17 +59,19 @@ def train_locally(
         trainable: Leading components of the global adapter that are trained on.
         trains: The factors that are trained.
         initial: How fresh rows of A are drawn.
+        tail: First component of the trainable adapter's tail, and weight of its norms in the loss
+            (HetLoRA's self-pruning).
 
     Raises:
         PayloadError: The global adapter does not fit the model.
         ConfigError: The loss became NaN or infinite.
     """
-    alpha = training.alpha_per_rank * rank
     model.attach(
         start,
         rank=rank,
-        alpha=alpha,
+        alpha=training.alpha_of(rank),
         rslora=training.rslora,
+        rank_pattern=training.rank_pattern,
         seed=adapter_seed,
         trainable=trainable,
         trains=trains,
@@ -83,16 +87,18 @@ def train_locally(
         fused=True,
     )
     generator = np.random.default_rng(batch_seed)
+    epochs = (
+        batches(data, batch_size=training.batch_size, generator=generator) for _ in range(training.local_epochs)
+    )
     losses: list[float] = []
-    for _ in range(training.local_epochs):
-        for batch in batches(data, batch_size=training.batch_size, generator=generator):
-            if training.max_steps and len(losses) == training.max_steps:
-                break
-            loss = model.loss(batch)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(float(loss.detach()))
+    for batch in itertools.islice(itertools.chain.from_iterable(epochs), training.max_steps or None):
+        loss = model.loss(batch)
+        if tail[1]:
+            loss = loss + tail[1] * model.tail_norm(tail[0])
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
     mean = float(np.mean(losses))
     if not math.isfinite(mean):
         raise ConfigError(f"training diverged, its mean loss is {mean}; lower the learning rates of the run")

@@ -124,6 +124,7 @@ class Trainer:
             trainable=request.trainable,
             trains=request.trains,
             initial=request.initial,
+            tail=(request.tail_from, request.tail_penalty),
         )
         update = AdapterUpdate(
             client=self._profile.name,
@@ -132,7 +133,7 @@ class Trainer:
             parent=request.parent,
             base_sha256=model.manifest.base_sha256,
             rank=request.rank,
-            alpha=request.training.alpha_per_rank * request.rank,
+            alpha=request.training.alpha_of(request.rank),
             rslora=request.training.rslora,
             num_examples=len(data),
             nonce=secrets.token_hex(16),
@@ -191,7 +192,9 @@ def _start(request: TrainRequest, payload: bytes, model: AdaptedModel) -> Adapte
     if not request.draws_a:
         return decode_weights(payload)[0]
     known = {
-        name: fresh_a(name, request.trainable, in_, seed=request.adapter_seed)
+        name: fresh_a(
+            name, request.training.layer_rank(name, request.trainable), in_, seed=request.adapter_seed
+        )
         for name, (_, in_) in model.manifest.layers.items()
     }
     return decode_weights(payload, known=known, known_factor="a")[0]

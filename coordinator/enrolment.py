@@ -83,7 +83,7 @@ class Roster:
         enrolment = Enrolment(
             client=answer.name,
             rank=answer.rank,
-            alpha=training.alpha_per_rank * answer.rank,
+            alpha=training.alpha_of(answer.rank),
             rslora=training.rslora,
             num_examples=answer.num_examples,
         )

@@ -1,7 +1,7 @@
 """How a run turns the updates of a round into the next global adapter: its strategy, defence and server optimiser."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -9,15 +9,17 @@ from torch import Tensor
 from pomona.adapters import AdapterUpdate, AdapterWeights, LoraFactors
 from pomona.aggregation.defence import change, defend
 from pomona.aggregation.geometry import add_head_changes
-from pomona.aggregation.heads import average_heads
-from pomona.aggregation.robust import Defended
+from pomona.aggregation.heads import HeadMean, average_heads
+from pomona.aggregation.robust import Defended, trusted
 from pomona.aggregation.server_optimizer import OptimizerState, server_step
-from pomona.aggregation.strategies import BY_NAME
+from pomona.aggregation.strategies import ADDING, BY_NAME
 from pomona.aggregation.strategies.contract import Assignment, Contribution, Rules
+from pomona.aggregation.strategies.hetlora import pruned
 from pomona.aggregation.strategies.start import starting_factors
 from pomona.aggregation.weights import example_weights
 from pomona.errors import NotEnoughClients
 from pomona.manifest import AdapterManifest
+from pomona.ranks import check_pattern
 from pomona.settings import RunSettings
 from pomona.wire import Factor
 
@@ -70,6 +72,23 @@ class Trained:
         return {name: replace(each, scale=self.work.scale) for name, each in self.update.weights.layers.items()}
 
 
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """A verified update that lies in the registry.
+
+    Attributes:
+        client: Who sent it.
+        num_examples: What it says of its data.
+        train_loss: And of its loss.
+        load: Reads it.
+    """
+
+    client: str
+    num_examples: int
+    train_loss: float
+    load: Callable[[], Trained]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Combined:
     """What a round gives.
@@ -95,7 +114,8 @@ class Method:
     """The aggregation of a run; remembers what its server optimiser does."""
 
     def __init__(self, settings: RunSettings, manifest: AdapterManifest) -> None:
-        limits, training = settings.aggregation, settings.training
+        limits = settings.aggregation
+        check_pattern(settings.training.rank_pattern, manifest.layers)
         self._settings = settings
         self._strategy = BY_NAME[limits.strategy]
         self._optimizer_state = OptimizerState()
@@ -104,12 +124,17 @@ class Method:
             seed=settings.seed,
             max_rank=limits.max_rank,
             energy=limits.energy,
-            alpha_per_rank=training.alpha_per_rank,
-            rslora=training.rslora,
+            training=settings.training,
             rank=limits.rank or limits.max_rank,
             warm_start=limits.warm_start,
             rank_partitioned=limits.rank_partitioned,
+            self_pruning=limits.self_pruning,
         )
+        self._pruned_ranks: dict[str, int] = {}
+
+    def rank_of(self, client: str, enrolled: int) -> int:
+        """Return the rank that a client has now; it may have given some of it up."""
+        return min(enrolled, self._pruned_ranks.get(client, enrolled))
 
     def work(self, weights: AdapterWeights, *, rank: int, round_number: int) -> Work:
         """Return what clients that enrolled with a rank start a round from."""
@@ -119,27 +144,47 @@ class Method:
         start = {} if fresh else starting_factors(assignment, self._rules)
         return Work(assignment, start, self._rules.scale(assignment.rank))
 
-    def combine(self, weights: AdapterWeights, trained: Sequence[Trained], *, round_number: int) -> Combined:
+    def combine(self, weights: AdapterWeights, accepted: Sequence[Accepted], *, round_number: int) -> Combined:
         """Return the next global adapter; a function of the updates in the order given.
+
+        Strategies that add changes read the updates one by one, so that all of them never sit in memory together;
+        the other strategies, and defences, hold them all.
 
         Raises:
             NotEnoughClients: The defence of the run leaves none of them.
         """
-        updates, shares = [each.update for each in trained], self._shares(trained)
+        shares = self._shares(accepted)
+        adding = ADDING.get(self._settings.aggregation.strategy)
+        if adding and self._settings.defence.kind == "none":
+            heads = HeadMean()
+            made = adding.aggregate(
+                weights.layers, _one_by_one(accepted, shares, heads), round_number=round_number, rules=self._rules
+            )
+            return self._told(accepted, shares, trusted(shares), weights, made, heads.result(), round_number)
+        trained = [self._without_tail(each.load()) for each in accepted]
         defended = self._defended(weights, trained, shares)
         counted = [(each, weight) for each, weight in zip(trained, defended.weights, strict=True) if weight > 0.0]
         if not counted:
             raise NotEnoughClients(f"round {round_number}: the defence trusts none of {len(trained)} updates")
-        layers, energy = self._strategy.aggregate(
-            weights.layers,
-            [Contribution(layers=each.layers, weight=weight) for each, weight in counted],
-            round_number=round_number,
-            rules=self._rules,
-        )
-        after = AdapterWeights(layers=layers, heads=self._heads(weights, counted))
-        after, energy = self._optimized(weights, after, energy)
-        client_weights = {each.update.client: weight for each, weight in counted}
-        reasons = {u.client: reason for u, reason in zip(updates, defended.reasons, strict=True) if reason}
+        contributions = [Contribution(layers=each.layers, weight=weight) for each, weight in counted]
+        made = self._strategy.aggregate(weights.layers, contributions, round_number=round_number, rules=self._rules)
+        return self._told(accepted, shares, defended, weights, made, self._heads(weights, counted), round_number)
+
+    def _told(
+        self,
+        accepted: Sequence[Accepted],
+        shares: Sequence[float],
+        defended: Defended,
+        before: AdapterWeights,
+        made: tuple[dict[str, LoraFactors], dict[str, float]],
+        heads: dict[str, Tensor],
+        round_number: int,
+    ) -> Combined:
+        layers, energy = made
+        after, energy = self._optimized(before, AdapterWeights(layers=layers, heads=heads), energy)
+        names = [each.client for each in accepted]
+        client_weights = {name: weight for name, weight in zip(names, defended.weights, strict=True) if weight > 0.0}
+        reasons = {name: reason for name, reason in zip(names, defended.reasons, strict=True) if reason}
         for client, reason in reasons.items():
             _log.warning("round %d: %s: %s", round_number, client, reason)
         return Combined(
@@ -148,21 +193,31 @@ class Method:
             reduced={client: reason for client, reason in reasons.items() if client in client_weights},
             quarantined={client: reason for client, reason in reasons.items() if client not in client_weights},
             retained_energy=energy,
-            train_loss=sum(share * u.train_loss for u, share in zip(updates, shares, strict=True)),
+            train_loss=sum(share * each.train_loss for each, share in zip(accepted, shares, strict=True)),
         )
+
+    def _without_tail(self, trained: Trained) -> Trained:
+        if self._rules.self_pruning is None:
+            return trained
+        weights, rank = trained.update.weights, trained.work.assignment.rank
+        kept, layers = pruned(trained.work.start, weights.layers, rank=rank, rules=self._rules)
+        if kept < rank:
+            _log.info("%s gives up the rank that it did not use: %d, was %d", trained.update.client, kept, rank)
+            self._pruned_ranks[trained.update.client] = kept
+        return replace(trained, update=replace(trained.update, weights=replace(weights, layers=layers)))
 
     def _cap(self, round_number: int) -> list[int]:
         """Return the rank of the schedule that holds in a round, if one does."""
         schedule = self._settings.aggregation.rank_schedule
         return [rank for number, rank in schedule if number <= round_number][-1:]
 
-    def _shares(self, trained: Sequence[Trained]) -> list[float]:
+    def _shares(self, accepted: Sequence[Accepted]) -> list[float]:
         alike = self._settings.defence.equal_weights
-        return example_weights([1 if alike else each.update.num_examples for each in trained])
+        return example_weights([1 if alike else each.num_examples for each in accepted])
 
     def _defended(self, weights: AdapterWeights, trained: Sequence[Trained], shares: Sequence[float]) -> Defended:
         if self._settings.defence.kind == "none":
-            return Defended(weights=tuple(shares), reasons=("",) * len(shares))
+            return trusted(shares)
         changes = [
             change(
                 AdapterWeights(layers=each.layers, heads=each.update.weights.heads),
@@ -194,3 +249,11 @@ class Method:
             energy=limits.energy,
         )
         return weights, {name: share * kept.get(name, 1.0) for name, share in energy.items()}
+
+
+def _one_by_one(accepted: Sequence[Accepted], shares: Sequence[float], heads: HeadMean) -> Iterator[Contribution]:
+    """Yield each update and let go of it; its heads are counted on the way."""
+    for each, share in zip(accepted, shares, strict=True):
+        trained = each.load()
+        heads.add(trained.update.weights.heads, share)
+        yield Contribution(layers=trained.layers, weight=share)

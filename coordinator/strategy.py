@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
@@ -18,7 +19,7 @@ from pomona.adapters import AdapterUpdate, AdapterWeights
 from pomona.aggregation.strategies.contract import Assignment
 from pomona.aggregation.verify import Enrolment, Expected, verify_update
 from pomona.coordinator.enrolment import Roster
-from pomona.coordinator.method import Combined, Method, Trained, Work
+from pomona.coordinator.method import Accepted, Combined, Method, Trained, Work
 from pomona.coordinator.replies import Reply
 from pomona.errors import NotEnoughClients, PayloadError, UpdateRejected, VersionConflict
 from pomona.manifest import AdapterManifest
@@ -61,7 +62,7 @@ class _Round:
     work: dict[str, Work] = field(default_factory=dict)  # by client
     bytes_down: int = 0
     bytes_up: int = 0
-    accepted: dict[str, AdapterUpdate] = field(default_factory=dict)
+    accepted: dict[str, Accepted] = field(default_factory=dict)
 
 
 class LoraStrategy(Strategy):
@@ -101,7 +102,7 @@ class LoraStrategy(Strategy):
         del arrays, grid
         cohort = [str(name) for name in config["cohort"]]  # type: ignore[union-attr]
         self._round = _Round(server_round, cohort, time.monotonic())
-        ranks = {name: self._roster.members[name].rank for name in cohort}
+        ranks = {name: self._method.rank_of(name, self._roster.members[name].rank) for name in cohort}
         by_rank = {
             rank: self._method.work(self.weights, rank=rank, round_number=server_round)
             for rank in sorted(set(ranks.values()))
@@ -139,7 +140,9 @@ class LoraStrategy(Strategy):
             return reason
         self._seen_nonces.add(update.nonce)
         self._seen_digests.add(digest(payload))
-        self._round.accepted[client] = update
+        self._round.accepted[client] = Accepted(
+            client, update.num_examples, update.train_loss, partial(self._load, client, digest(payload))
+        )
         return ""
 
     def missed(self, client: str) -> None:
@@ -165,16 +168,15 @@ class LoraStrategy(Strategy):
         Raises:
             NotEnoughClients: Fewer updates than ``cohort.min_replies`` were accepted.
         """
-        updates = [self._round.accepted[name] for name in sorted(self._round.accepted)]
+        accepted = [self._round.accepted[name] for name in sorted(self._round.accepted)]
         needed = self._settings.cohort.min_replies
-        if len(updates) < needed:
+        if len(accepted) < needed:
             raise NotEnoughClients(
-                f"round {self._round.number} needs {needed} accepted updates, got {len(updates)} "
+                f"round {self._round.number} needs {needed} accepted updates, got {len(accepted)} "
                 f"from a cohort of {len(self._round.cohort)}; `pomona registry lineage` and the log say why"
             )
-        trained = [Trained(update, self._work_of(update.client)) for update in updates]
         return Aggregate(
-            combined=self._method.combine(self.weights, trained, round_number=self._round.number),
+            combined=self._method.combine(self.weights, accepted, round_number=self._round.number),
             bytes_down=self._round.bytes_down,
             bytes_up=self._round.bytes_up,
             seconds=time.monotonic() - self._round.began,
@@ -216,6 +218,8 @@ class LoraStrategy(Strategy):
             adapter_seed=assignment.adapter_seed,
             initial=assignment.initial,
             draws_a=assignment.draws_a,
+            tail_from=assignment.tail_from,
+            tail_penalty=assignment.tail_penalty,
         )
         payload = encode_weights(
             AdapterWeights(layers=assignment.layers, heads=self.weights.heads),
@@ -230,8 +234,14 @@ class LoraStrategy(Strategy):
     def _asked(self, client: str) -> Enrolment:
         """Return what a client enrolled with, at the rank that it is to train."""
         rank = self._work_of(client).assignment.rank
-        alpha = self._settings.training.alpha_per_rank * rank
+        alpha = self._settings.training.alpha_of(rank)
         return replace(self._roster.members[client], rank=rank, alpha=alpha)
+
+    def _load(self, client: str, sha256: str) -> Trained:
+        """Read an update again that was verified when it came; the store checks its hash."""
+        work = self._work_of(client)
+        payload = self._registry.blobs.get(sha256)
+        return Trained(decode_update(payload, known=work.known, known_factor=work.known_factor), work)
 
     def _payload(self, client: str, reply: Reply) -> bytes:
         if isinstance(reply, PayloadError):
@@ -261,6 +271,7 @@ class LoraStrategy(Strategy):
             max_update_norm=limits.max_update_norm,
             max_examples=limits.max_examples,
             max_rank=limits.max_rank,
+            rank_pattern=self._settings.training.rank_pattern,
         )
         if client in self._round.accepted or update.nonce in self._seen_nonces or digest(payload) in self._seen_digests:
             raise UpdateRejected(client, "a second copy of an update that has been counted")
@@ -268,7 +279,8 @@ class LoraStrategy(Strategy):
         return update
 
     def _largest_payload(self, rank: int) -> int:
-        factors = sum(rank * (out + in_) for out, in_ in self._manifest.layers.values())
+        layer_rank = self._settings.training.layer_rank
+        factors = sum(layer_rank(name, rank) * (out + in_) for name, (out, in_) in self._manifest.layers.items())
         heads = sum(math.prod(shape) for shape in self._manifest.heads.values())
         return _FLOAT32_BYTES * (factors + heads) + _MAX_HEADER_BYTES
 

@@ -11,7 +11,7 @@ from pomona.aggregation.strategies import (
     hetlora,
     rolora,
 )
-from pomona.aggregation.strategies.contract import Strategy
+from pomona.aggregation.strategies.contract import AddingStrategy, Strategy
 from pomona.strategies import StrategyName
 
 BY_NAME: dict[StrategyName, Strategy] = {
@@ -25,3 +25,4 @@ BY_NAME: dict[StrategyName, Strategy] = {
     "flexlora": flexlora,
     "fedex": fedex,
 }
+ADDING: dict[str, AddingStrategy] = {"flora-bounded": flora_bounded, "ffa-nested": ffa_nested}

@@ -5,7 +5,7 @@ in the registry is all that a run needs to go on. Where a strategy keeps several
 and what stays frozen), the parts are stacked, and their order is part of its contract.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from pomona.adapters import LoraFactors
 from pomona.aggregation.flora import aggregate_layers
 from pomona.protocol import Initial, Trains
+from pomona.settings import SelfPruningSettings, TrainingSettings
 
 Layers = Mapping[str, LoraFactors]
 
@@ -27,26 +28,30 @@ class Rules:
         seed: Of the run.
         max_rank: Largest rank of a client, and of the global adapter where it is bounded.
         energy: Share of the energy that a truncation keeps, within ``max_rank``.
-        alpha_per_rank: ``alpha = alpha_per_rank * rank``.
-        rslora: Scale by ``alpha / sqrt(rank)`` instead of ``alpha / rank``.
+        training: Of the clients; it decides their scales.
         rank: That all clients train, where a strategy needs equal ranks.
         warm_start: Clients go on from the largest components of the global adapter.
         rank_partitioned: Weights are normalised per component over the clients that have it.
+        self_pruning: Clients give up components that they do not use.
     """
 
     shapes: Mapping[str, tuple[int, int]]
     seed: int = 0
     max_rank: int = 64
     energy: float = 1.0
-    alpha_per_rank: float = 2.0
-    rslora: bool = False
+    training: TrainingSettings = field(default_factory=TrainingSettings)
     rank: int = 8
     warm_start: bool = False
     rank_partitioned: bool = False
+    self_pruning: SelfPruningSettings | None = None
 
     def scale(self, rank: int) -> float:
         """Return what stands in front of ``B A`` on a client of this rank."""
-        return self.alpha_per_rank * (rank**0.5 if self.rslora else 1.0)
+        return self.training.scale_of(rank)
+
+    def layer_rank(self, name: str, rank: int) -> int:
+        """Return the rank of one layer on a client of this rank."""
+        return self.training.layer_rank(name, rank)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +67,8 @@ class Assignment:
         adapter_seed: Of the fresh rows of A.
         initial: How the fresh rows of A are drawn.
         draws_a: A does not travel: the client draws that of the leading components from ``adapter_seed``.
+        tail_from: The first component of the tail, whose norms the client's loss penalises.
+        tail_penalty: Weight of that penalty; 0: none.
     """
 
     layers: Layers = field(default_factory=dict)
@@ -71,6 +78,8 @@ class Assignment:
     adapter_seed: int
     initial: Initial = "uniform"
     draws_a: bool = False
+    tail_from: int = 0
+    tail_penalty: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +111,16 @@ class Strategy(Protocol):
         self, state: Layers, contributions: Sequence[Contribution], *, round_number: int, rules: Rules
     ) -> tuple[dict[str, LoraFactors], dict[str, float]]:
         """Return the next global adapter, and the share of energy that its truncation kept, per layer."""
+        ...
+
+
+class AddingStrategy(Strategy, Protocol):
+    """A strategy whose result is the old global adapter plus a sum, which it takes one by one."""
+
+    def aggregate(
+        self, state: Layers, contributions: Iterable[Contribution], *, round_number: int, rules: Rules
+    ) -> tuple[dict[str, LoraFactors], dict[str, float]]:
+        """Return the same as any strategy; the contributions are gone through once, and none is kept."""
         ...
 
 

@@ -18,9 +18,7 @@ Reference: Sun et al., FFA-LoRA, ICLR 2024 (https://arxiv.org/abs/2403.12313) fo
 DyLoRA, EACL 2023 (https://arxiv.org/abs/2210.07558) for nested rows.
 """
 
-from collections.abc import Sequence
-
-import torch
+from collections.abc import Iterable
 
 from pomona.adapters import LoraFactors
 from pomona.aggregation.strategies.contract import Assignment, Contribution, Layers, Rules, truncated_sum
@@ -39,19 +37,24 @@ def assign(state: Layers, *, rank: int, round_number: int, rules: Rules) -> Assi
 
 
 def aggregate(
-    state: Layers, contributions: Sequence[Contribution], *, round_number: int, rules: Rules
+    state: Layers, contributions: Iterable[Contribution], *, round_number: int, rules: Rules
 ) -> tuple[dict[str, LoraFactors], dict[str, float]]:
-    """Return the truncated sum."""
+    """Return the truncated sum; reads the contributions once, one by one."""
     del round_number
-    update = {name: padded_sum(contributions, name) for name in rules.shapes}
+    update: dict[str, LoraFactors] = {}
+    for each in contributions:
+        for name, factors in each.layers.items():
+            update[name] = _padded_sum(update.get(name), factors, each.weight)
     return truncated_sum(state, [update], weights=[1.0], rules=rules)
 
 
-def padded_sum(contributions: Sequence[Contribution], name: str) -> LoraFactors:
-    """Return ``(sum_k p_k s_k pad(B_k)) A_t`` of one layer, float64, at the largest client's rank."""
-    largest = max((each.layers[name] for each in contributions), key=lambda factors: factors.rank)
-    total = torch.zeros_like(largest.b, dtype=torch.float64)
-    for each in contributions:
-        factors = each.layers[name]
-        total[:, : factors.rank] += each.weight * factors.scale * factors.b.double()
-    return LoraFactors(a=largest.a.double(), b=total)
+def _padded_sum(total: LoraFactors | None, factors: LoraFactors, weight: float) -> LoraFactors:
+    """Return ``total + p_k s_k pad(B_k) A_t``, float64, at the larger rank of the two."""
+    b = weight * factors.scale * factors.b.double()
+    if total is None:
+        return LoraFactors(a=factors.a.double(), b=b)
+    if total.rank < factors.rank:
+        b[:, : total.rank] += total.b
+        return LoraFactors(a=factors.a.double(), b=b)
+    total.b[:, : factors.rank] += b
+    return total

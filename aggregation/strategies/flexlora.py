@@ -37,7 +37,10 @@ from pomona.seeds import seed_of
 def assign(state: Layers, *, rank: int, round_number: int, rules: Rules) -> Assignment:
     """Give the client the largest components of the average, singular values in B."""
     del round_number
-    layers = {name: _singular_values_in_b(leading(factors, rank)) for name, factors in state.items()}
+    layers = {
+        name: _singular_values_in_b(leading(factors, rules.layer_rank(name, rank)))
+        for name, factors in state.items()
+    }
     return Assignment(layers=layers, rank=rank, trainable=rank, adapter_seed=seed_of(rules.seed, "A"))
 
 

@@ -21,12 +21,14 @@ growing B from zero.
 Reference: Wang et al., FLoRA, NeurIPS 2024, eq. 5 (https://arxiv.org/abs/2409.05976); Eckart and Young 1936.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
+from torch import Tensor
 
 from pomona.adapters import LoraFactors
 from pomona.aggregation.strategies.contract import Assignment, Contribution, Layers, Rules, truncated_sum
+from pomona.aggregation.strategies.folding import fold
 from pomona.seeds import seed_of
 
 
@@ -41,20 +43,26 @@ def assign(state: Layers, *, rank: int, round_number: int, rules: Rules) -> Assi
 
 
 def aggregate(
-    state: Layers, contributions: Sequence[Contribution], *, round_number: int, rules: Rules
+    state: Layers, contributions: Iterable[Contribution], *, round_number: int, rules: Rules
 ) -> tuple[dict[str, LoraFactors], dict[str, float]]:
-    """Return the truncated sum."""
+    """Return the truncated sum; reads the contributions once, one by one."""
     del round_number
+    held = {name: torch.zeros(factors.rank, dtype=torch.float64) for name, factors in state.items()}
+    update, kept = fold(_noting(contributions, held), rules)
     current: Mapping[str, LoraFactors] = state
     if rules.warm_start:
-        current = {name: _left_in_place(factors, name, contributions) for name, factors in state.items()}
-    weights = [each.weight for each in contributions]
-    return truncated_sum(current, [each.layers for each in contributions], weights=weights, rules=rules)
+        current = {name: _left_in_place(factors, held[name]) for name, factors in state.items()}
+    layers, retained = truncated_sum(current, [update], weights=[1.0], rules=rules)
+    return layers, {name: share * kept[name] for name, share in retained.items()}
 
 
-def _left_in_place(factors: LoraFactors, name: str, contributions: Sequence[Contribution]) -> LoraFactors:
-    held = torch.zeros(factors.rank, dtype=torch.float64)
+def _noting(contributions: Iterable[Contribution], held: Mapping[str, Tensor]) -> Iterator[Contribution]:
+    """Pass contributions on, and sum up for each component the weights of those who have it."""
     for each in contributions:
-        held[: each.layers[name].rank] += each.weight
-    rest = (1.0 - held)[:, None]
-    return LoraFactors(a=rest * factors.a.double(), b=factors.b.double())
+        for name, total in held.items():
+            total[: each.layers[name].rank] += each.weight
+        yield each
+
+
+def _left_in_place(factors: LoraFactors, held: Tensor) -> LoraFactors:
+    return LoraFactors(a=(1.0 - held)[:, None] * factors.a.double(), b=factors.b.double())

@@ -12,6 +12,10 @@ Known flaw: it averages factors (see :mod:`.fedit`), and rows that few clients h
 others: in a round in which nobody changes anything they shrink by ``w_i`` in each factor. ``rank_partitioned`` averages
 row ``i`` over those clients alone that have one (RBLA, https://arxiv.org/abs/2408.08699; raFLoRA), which mends that.
 
+Self-pruning: a client of rank ``r`` trains ``loss + penalty * sum_layers ||B[:, k:]|| ||A[k:]||`` with ``k = decay r``;
+where that made its tail smaller than it was, it goes on with rank ``k``. The paper prunes on the client. Here the
+coordinator does, which has both factors before and after, so the ranks are known where they are decided.
+
 Reference: Cho et al., HetLoRA, EMNLP 2024, section 4 (https://arxiv.org/abs/2401.06432).
 """
 
@@ -31,8 +35,16 @@ from pomona.seeds import seed_of
 def assign(state: Layers, *, rank: int, round_number: int, rules: Rules) -> Assignment:
     """Give the client the first components of the averaged factors."""
     del round_number
-    layers = {name: leading(factors, rank) for name, factors in state.items()}
-    return Assignment(layers=layers, rank=rank, trainable=rank, adapter_seed=seed_of(rules.seed, "A"))
+    layers = {name: leading(factors, rules.layer_rank(name, rank)) for name, factors in state.items()}
+    pruning = rules.self_pruning
+    return Assignment(
+        layers=layers,
+        rank=rank,
+        trainable=rank,
+        adapter_seed=seed_of(rules.seed, "A"),
+        tail_from=kept_rank(rank, rules) if pruning else 0,
+        tail_penalty=pruning.penalty if pruning else 0.0,
+    )
 
 
 def aggregate(
@@ -43,6 +55,39 @@ def aggregate(
     weighed = by_norm(contributions)
     layers = {name: _padded_mean(weighed, name, partitioned=rules.rank_partitioned) for name in rules.shapes}
     return layers, dict.fromkeys(layers, 1.0)
+
+
+def kept_rank(rank: int, rules: Rules) -> int:
+    """Return the rank that a client has without its tail, at least 1."""
+    return max(1, int(rules.self_pruning.decay * rank)) if rules.self_pruning else rank
+
+
+def pruned(start: Layers, trained: Layers, *, rank: int, rules: Rules) -> tuple[int, Layers]:
+    """Return the rank that a client goes on with, and what it trained at that rank.
+
+    The tail goes where training, under its penalty, made it smaller: ``t' < t`` with
+    ``t = sum_layers ||B[:, kept:]|| ||A[kept:]||``. A tail that has no B yet has nothing to lose and stays.
+
+    Args:
+        start: What the client started from.
+        trained: What it trained.
+        rank: Of the client.
+        rules: Of the run.
+    """
+    kept = kept_rank(rank, rules)
+    if kept == rank or not tail_norm(trained, kept, rules) < tail_norm(start, kept, rules):
+        return rank, trained
+    return kept, {name: _first(factors, rules.layer_rank(name, kept)) for name, factors in trained.items()}
+
+
+def tail_norm(layers: Layers, kept: int, rules: Rules) -> float:
+    """Return ``sum_layers ||B[:, kept:]|| ||A[kept:]||``, factors unscaled."""
+    tails = [(factors, rules.layer_rank(name, kept)) for name, factors in layers.items()]
+    return math.fsum(float(f.b[:, k:].double().norm() * f.a[k:].double().norm()) for f, k in tails)
+
+
+def _first(factors: LoraFactors, rank: int) -> LoraFactors:
+    return LoraFactors(a=factors.a[:rank], b=factors.b[:, :rank], scale=factors.scale)
 
 
 def by_norm(contributions: Sequence[Contribution]) -> list[Contribution]:

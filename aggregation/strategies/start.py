@@ -19,10 +19,12 @@ def _start(name: str, shape: tuple[int, int], assignment: Assignment, rules: Rul
     out, in_ = shape
     scale = rules.scale(assignment.rank)
     draw = orthonormal_a if assignment.initial == "orthonormal" else fresh_a
-    a = draw(name, assignment.rank, in_, seed=assignment.adapter_seed)
-    b = a.new_zeros(out, assignment.rank)
+    rank = rules.layer_rank(name, assignment.rank)
+    a = draw(name, rank, in_, seed=assignment.adapter_seed)
+    b = a.new_zeros(out, rank)
     given = assignment.layers.get(name)
-    if given is not None and (count := min(assignment.trainable, assignment.rank, given.rank)):
+    taken = rules.layer_rank(name, assignment.trainable) if assignment.trainable else 0
+    if given is not None and (count := min(taken, rank, given.rank)):
         a[:count] = given.a[:count]
         b[:, :count] = given.b[:, :count] * (given.scale / scale)
     return LoraFactors(a=a, b=b, scale=scale)

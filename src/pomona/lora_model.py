@@ -6,8 +6,10 @@ Dropout is off throughout: on a CPU it costs more than it brings to an adapter t
 """
 
 import hashlib
+import math
+import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MethodType
@@ -32,6 +34,7 @@ from pomona.errors import BaseModelError, DataError, PayloadError
 from pomona.kernels.lora_linear import lora_linear
 from pomona.manifest import AdapterManifest
 from pomona.protocol import Initial, Trains
+from pomona.ranks import RankPattern, layer_rank
 from pomona.seeds import fresh_a, generator_of, orthonormal_a
 
 Task = Literal["classification", "causal-lm"]
@@ -81,6 +84,7 @@ class AdaptedModel:
             heads={name: tuple(parameters[name].shape) for name in self._head_names},
         )
         self._peft: PeftModel | None = None
+        self._rank_pattern: RankPattern = ()
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model.requires_grad_(False)
         nn.Module.to(self._model.train(False), self._device)
@@ -128,6 +132,7 @@ class AdaptedModel:
         trainable: int = 0,
         trains: Trains = "both",
         initial: Initial = "uniform",
+        rank_pattern: RankPattern = (),
     ) -> None:
         """Put a global adapter on the base, frozen, and a trainable one over it.
 
@@ -144,22 +149,29 @@ class AdaptedModel:
             trainable: Leading components of the global adapter to train on, at most ``rank``.
             trains: The factors that get gradients.
             initial: How fresh rows of A are drawn.
+            rank_pattern: Layers whose rank is a multiple of ``rank``, and whose part of ``trainable`` is; the scale
+                of the trainable adapter is the same in all of them.
 
         Raises:
             PayloadError: The global adapter has other layers, heads or shapes than this model.
         """
         _check_fits(weights, self.manifest)
         self.detach()
+        self._rank_pattern = rank_pattern
+        scale = alpha / (math.sqrt(rank) if rslora else rank) if rank else 0.0
+        ranks = {name: layer_rank(rank_pattern, name, rank) for name in self.manifest.layers}
+        taken = {name: layer_rank(rank_pattern, name, trainable) * bool(trainable) for name in ranks}
         if rank:
-            self._add(_LOCAL, rank, alpha, rslora=rslora)
+            self._add(_LOCAL, rank, ranks)
         if (frozen_rank := weights.rank - trainable) > 0:
-            self._add(_GLOBAL, frozen_rank, frozen_rank)
+            self._add(_GLOBAL, frozen_rank, {})
         draw = orthonormal_a if initial == "orthonormal" else fresh_a
         for name, layer in self._lora_layers():
-            _fill_frozen(layer, weights.layers.get(name), skip=trainable)
+            _fill_frozen(layer, weights.layers.get(name), skip=taken[name])
             if rank:
-                a = draw(name, rank, self.manifest.layers[name][1], seed=seed)
-                _fill_trainable(layer, a, weights.layers.get(name), take=trainable, trains=trains)
+                layer.scaling[_LOCAL] = scale
+                a = draw(name, ranks[name], self.manifest.layers[name][1], seed=seed)
+                _fill_trainable(layer, a, weights.layers.get(name), take=taken[name], trains=trains)
             layer.forward = MethodType(_fused_forward, layer)  # type: ignore[method-assign]
         self._set_heads(weights, trainable=rank > 0)
 
@@ -188,6 +200,19 @@ class AdaptedModel:
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """Return the mean loss of a batch, a scalar with gradient."""
         return self._forward(batch).loss  # type: ignore[no-any-return]
+
+    def tail_norm(self, start: int) -> Tensor:
+        """Return ``sum_layers ||B[:, k:]|| ||A[k:]||`` of the trainable adapter, a scalar with gradient.
+
+        Args:
+            start: ``k`` of a layer that has the client's rank; in layers of another rank it is scaled alike.
+        """
+        norms = []
+        for name, layer in self._lora_layers():
+            a, b = _factors(layer, _LOCAL)
+            kept = layer_rank(self._rank_pattern, name, start)
+            norms.append(b[:, kept:].norm() * a[kept:].norm())
+        return torch.stack(norms).sum()
 
     @torch.inference_mode()
     def score(self, data: Encoded) -> Scores:
@@ -227,11 +252,11 @@ class AdaptedModel:
     def _forward(self, batch: dict[str, Tensor]) -> Any:  # noqa: ANN401 - transformers' output classes
         return self._model(**{key: value.to(self._device) for key, value in batch.items()})
 
-    def _add(self, name: str, rank: int, alpha: float, *, rslora: bool = False) -> None:
+    def _add(self, name: str, rank: int, ranks: Mapping[str, int]) -> None:
         config = LoraConfig(
             r=rank,
-            lora_alpha=alpha,  # type: ignore[arg-type]
-            use_rslora=rslora,
+            rank_pattern={re.escape(module): of_layer for module, of_layer in ranks.items() if of_layer != rank},
+            lora_alpha=rank,
             target_modules=list(self.manifest.layers),
             lora_dropout=0.0,
             init_lora_weights=False,

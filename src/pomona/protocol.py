@@ -5,7 +5,7 @@ Every message carries one of these records and, where tensors travel, one payloa
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat
 
 from pomona.settings import Sha256, TrainingSettings
 
@@ -72,6 +72,8 @@ class TrainRequest(_Record):
         adapter_seed: Of the fresh rows of A.
         initial: How they are drawn.
         draws_a: The payload has no A; that of the leading components is drawn from ``adapter_seed``.
+        tail_from: The first component of the tail, whose norms the loss penalises.
+        tail_penalty: Weight of that penalty; 0: none.
     """
 
     invitation: Invitation
@@ -85,6 +87,8 @@ class TrainRequest(_Record):
     adapter_seed: Annotated[int, Field(ge=0, le=2**63 - 1)]
     initial: Initial = "uniform"
     draws_a: bool = False
+    tail_from: Annotated[int, Field(ge=0, le=4096)] = 0
+    tail_penalty: NonNegativeFloat = 0.0
 
 
 class Enrolled(_Record):

@@ -1,11 +1,14 @@
 """All settings of a run. Frozen, closed, and checked before the first byte is sent."""
 
+import math
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -17,11 +20,17 @@ from pydantic import (
 )
 
 from pomona.errors import ConfigError
+from pomona.ranks import layer_rank
 from pomona.strategies import ADDING, EQUAL_RANK, REDISTRIBUTING, StrategyName
 
+RankFactor = Annotated[float, Field(gt=0, le=16)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 AdapterName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+def _pairs(given: object) -> object:
+    return tuple(sorted(given.items())) if isinstance(given, Mapping) else given
 
 
 class _Section(BaseModel):
@@ -120,8 +129,11 @@ class TrainingSettings(_Section):
         learning_rate: Of AdamW, for the LoRA factors.
         head_learning_rate: Of AdamW, for the parameters trained whole.
         weight_decay: Of AdamW.
-        alpha_per_rank: ``alpha = alpha_per_rank * rank`` on every client, so all ranks share one scale.
+        alpha: LoRA's alpha on every client; None: ``alpha_per_rank * rank``.
+        alpha_per_rank: ``alpha = alpha_per_rank * rank`` where ``alpha`` is not given, so all ranks share one scale.
         rslora: Scale by ``alpha / sqrt(rank)`` instead of ``alpha / rank``.
+        rank_pattern: By the last parts of module names, the rank of those layers as a multiple of the client's; the
+            longest name that fits counts, the scale stays that of the client.
     """
 
     local_epochs: Annotated[int, Field(ge=1, le=1000)] = 1
@@ -130,8 +142,22 @@ class TrainingSettings(_Section):
     learning_rate: PositiveFloat = 2e-3
     head_learning_rate: PositiveFloat = 1e-2
     weight_decay: NonNegativeFloat = 0.0
+    alpha: PositiveFloat | None = None
     alpha_per_rank: PositiveFloat = 2.0
     rslora: bool = False
+    rank_pattern: Annotated[tuple[tuple[str, RankFactor], ...], BeforeValidator(_pairs)] = ()
+
+    def layer_rank(self, module: str, rank: int) -> int:
+        """Return the rank of one layer on a client of this rank."""
+        return layer_rank(self.rank_pattern, module, rank)
+
+    def alpha_of(self, rank: int) -> float:
+        """Return the alpha of a client of this rank."""
+        return self.alpha_per_rank * rank if self.alpha is None else self.alpha
+
+    def scale_of(self, rank: int) -> float:
+        """Return what stands in front of ``B A`` on a client of this rank."""
+        return self.alpha_of(rank) / (math.sqrt(rank) if self.rslora else rank)
 
 
 class ServerOptimizerSettings(_Section):
@@ -152,6 +178,18 @@ class ServerOptimizerSettings(_Section):
     tau: PositiveFloat = 1e-3
 
 
+class SelfPruningSettings(_Section):
+    """Ranks that shrink where a client does not need them.
+
+    Attributes:
+        penalty: Weight of the tail's norms in the clients' loss.
+        decay: The tail is what comes after this share of a client's rank.
+    """
+
+    penalty: NonNegativeFloat = 1e-2
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.75
+
+
 class AggregationSettings(_Section):
     """How updates become the next global adapter.
 
@@ -165,6 +203,7 @@ class AggregationSettings(_Section):
         max_examples: Refuse an update that claims more examples.
         warm_start: Clients go on from the largest components of the global adapter, for ``flora-bounded``.
         rank_partitioned: Average each component over the clients that have it, for ``hetlora`` and ``flexlora``.
+        self_pruning: Clients give up ranks that they do not use, for ``hetlora``.
         server_optimizer: For ``flora-bounded`` and ``ffa-nested``.
     """
 
@@ -177,6 +216,7 @@ class AggregationSettings(_Section):
     max_examples: PositiveInt = 10_000_000
     warm_start: bool = False
     rank_partitioned: bool = False
+    self_pruning: SelfPruningSettings | None = None
     server_optimizer: ServerOptimizerSettings = ServerOptimizerSettings()
 
     @model_validator(mode="after")
@@ -197,6 +237,7 @@ class AggregationSettings(_Section):
         for option, given, fitting in (
             ("warm_start", self.warm_start, {"flora-bounded"}),
             ("rank_partitioned", self.rank_partitioned, REDISTRIBUTING),
+            ("self_pruning", self.self_pruning is not None, {"hetlora"}),
             ("server_optimizer", self.server_optimizer.kind != "fedavg", ADDING),
         ):
             if given and name not in fitting:

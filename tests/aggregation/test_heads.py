@@ -68,7 +68,7 @@ def test_nobody_holds_anything() -> None:
         (
             [{"w": torch.ones(2)}, {"w": torch.ones(3)}],
             [0.5, 0.5],
-            r"one shape of 'w', got \[\(2,\), \(3,\)\]",
+            r"one shape of 'w', got \(2,\) and \(3,\)",
         ),
         ([{"w": torch.ones(2)}, {}], [0.0, 1.0], "hold 'w' have weight 0"),
         ([{"w": torch.ones(2)}], [math.nan], "got nan"),

@@ -17,6 +17,7 @@ from pomona.aggregation.strategies import BY_NAME
 from pomona.aggregation.strategies.contract import Assignment, Contribution, Rules, Strategy
 from pomona.aggregation.strategies.start import starting_factors
 from pomona.seeds import fresh_a, orthonormal_a
+from pomona.settings import TrainingSettings
 from pomona.strategies import BY_NAME as FACTS
 from pomona.strategies import EQUAL_RANK, StrategyName
 
@@ -137,7 +138,8 @@ def test_an_exact_strategy_gives_the_mean_of_the_clients_models(name: StrategyNa
 def test_exactness_holds_for_any_ranks_and_scales(
     name: StrategyName, ranks: list[int], alpha: float, rslora: bool, seed: int, warm: bool
 ) -> None:
-    rule = rules(max_rank=24, alpha_per_rank=alpha, rslora=rslora, seed=seed, warm_start=warm)
+    training = TrainingSettings(alpha_per_rank=alpha, rslora=rslora)
+    rule = rules(max_rank=24, training=training, seed=seed, warm_start=warm)
     before, parts, after = run(name, ranks, rule, rounds=2)
     for layer, result in dense(after).items():
         expected = torch.zeros_like(result)
