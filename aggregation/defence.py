@@ -13,6 +13,7 @@ from pomona.aggregation.flora import stack
 from pomona.aggregation.geometry import gram_matrix, head_changes
 from pomona.aggregation.robust import (
     Defended,
+    fltrust,
     geometric_median,
     median_bound,
     multi_krum,
@@ -38,21 +39,33 @@ def change(trained: AdapterWeights, *, start: Mapping[str, LoraFactors], heads: 
     return AdapterWeights(layers=layers, heads=head_changes(trained.heads, current=heads))
 
 
-def defend(changes: Sequence[AdapterWeights], *, weights: Sequence[float], settings: DefenceSettings) -> Defended:
+def defend(
+    changes: Sequence[AdapterWeights],
+    *,
+    weights: Sequence[float],
+    settings: DefenceSettings,
+    trusted_change: AdapterWeights | None = None,
+) -> Defended:
     """Return what each client counts for.
 
     Args:
         changes: One per client, see :func:`change`.
         weights: ``p_k``.
         settings: Kind of defence and what it assumes.
+        trusted_change: What the coordinator learns itself, for ``fltrust``.
 
     Raises:
-        ValueError: There are too few clients for what the defence assumes.
+        ValueError: There are too few clients for what the defence assumes, or no change to trust.
     """
     if settings.kind == "none":
         return trusted(weights)
-    shapes = {name: head for each in changes for name, head in each.heads.items()}
-    gram = gram_matrix(changes, heads={name: head.new_zeros(head.shape) for name, head in shapes.items()})
+    compared = list(changes)
+    if settings.kind == "fltrust":
+        if trusted_change is None:
+            raise ValueError("fltrust needs a trusted change, got none")
+        compared.append(trusted_change)
+    shapes = {name: head for each in compared for name, head in each.heads.items()}
+    gram = gram_matrix(compared, heads={name: head.new_zeros(head.shape) for name, head in shapes.items()})
     match settings.kind:
         case "norm-bounding":
             bound = median_bound(gram, factor=settings.norm_factor)
@@ -64,3 +77,5 @@ def defend(changes: Sequence[AdapterWeights], *, weights: Sequence[float], setti
             return trimmed_mean(gram, weights=weights, trimmed=settings.attackers)
         case "geometric-median":
             return geometric_median(gram, weights=weights)
+        case "fltrust":
+            return fltrust(gram, weights=weights)

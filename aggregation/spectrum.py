@@ -9,6 +9,7 @@ core ``s R_B R_A^T``, which is at most ``(rank, rank)``; the ``(out, in)`` matri
 """
 
 import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -53,6 +54,23 @@ class UpdateSpectrum:
     layers: dict[str, LayerSpectrum]
     norm: float
     relative_norm: float | None
+
+
+def summary(update: UpdateSpectrum) -> dict[str, float]:
+    """Return a report in four numbers, those over layers of the layers that change.
+
+    Returns:
+        ``norm``; the median ``stable_rank`` and ``effective_rank``; the largest ``top_share``.
+    """
+    changed = [layer for layer in update.layers.values() if layer.norm > 0.0]
+    if not changed:
+        return {"norm": update.norm, "stable_rank": 0.0, "effective_rank": 0.0, "top_share": 0.0}
+    return {
+        "norm": update.norm,
+        "stable_rank": statistics.median(layer.stable_rank for layer in changed),
+        "effective_rank": statistics.median(layer.effective_rank for layer in changed),
+        "top_share": max(layer.top_share for layer in changed),
+    }
 
 
 def layer_spectrum(factors: LoraFactors) -> LayerSpectrum:

@@ -146,9 +146,7 @@ def _wrong_claims(update: AdapterUpdate, enrolment: Enrolment, expected: Expecte
         yield f"expected a finite train_loss, got {update.train_loss}"
 
 
-def _wrong_tensors(
-    update: AdapterUpdate, manifest: AdapterManifest, rank_pattern: RankPattern
-) -> Iterator[str]:
+def _wrong_tensors(update: AdapterUpdate, manifest: AdapterManifest, rank_pattern: RankPattern) -> Iterator[str]:
     layers, heads = update.weights.layers, update.weights.heads
     yield from _wrong_names("layer", layers, manifest.layers)
     yield from _wrong_names("head", heads, manifest.heads)

@@ -87,9 +87,7 @@ def train_locally(
         fused=True,
     )
     generator = np.random.default_rng(batch_seed)
-    epochs = (
-        batches(data, batch_size=training.batch_size, generator=generator) for _ in range(training.local_epochs)
-    )
+    epochs = (batches(data, batch_size=training.batch_size, generator=generator) for _ in range(training.local_epochs))
     losses: list[float] = []
     for batch in itertools.islice(itertools.chain.from_iterable(epochs), training.max_steps or None):
         loss = model.loss(batch)

@@ -192,9 +192,7 @@ def _start(request: TrainRequest, payload: bytes, model: AdaptedModel) -> Adapte
     if not request.draws_a:
         return decode_weights(payload)[0]
     known = {
-        name: fresh_a(
-            name, request.training.layer_rank(name, request.trainable), in_, seed=request.adapter_seed
-        )
+        name: fresh_a(name, request.training.layer_rank(name, request.trainable), in_, seed=request.adapter_seed)
         for name, (_, in_) in model.manifest.layers.items()
     }
     return decode_weights(payload, known=known, known_factor="a")[0]

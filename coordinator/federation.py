@@ -21,6 +21,7 @@ from pomona.coordinator.beginning import begin_run, load_held_out
 from pomona.coordinator.enrolment import Introduction, Roster, choose_cohort
 from pomona.coordinator.replies import Puller, Reply, collect
 from pomona.coordinator.strategy import Aggregate, LoraStrategy
+from pomona.coordinator.trusted import TrustedTrainer
 from pomona.errors import NotEnoughClients, PayloadError, PomonaError
 from pomona.lora_model import AdaptedModel, Scores
 from pomona.messages import pack, unpack
@@ -78,6 +79,7 @@ class _Federation:
             registry=registry,
             roster=self._roster,
             weights=AdapterWeights(heads=self._model.initial_heads(seed=settings.seed)),
+            trusted=TrustedTrainer(settings, invitation, self._model) if settings.defence.trusted_data else None,
         )
 
     def run(self) -> list[Version]:

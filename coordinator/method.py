@@ -71,6 +71,11 @@ class Trained:
         """Its factors with the scale of training."""
         return {name: replace(each, scale=self.work.scale) for name, each in self.update.weights.layers.items()}
 
+    def change(self, heads: Mapping[str, Tensor]) -> AdapterWeights:
+        """What it adds to what its client started from; ``heads`` are the global ones."""
+        start = self.work.start if self.work.assignment.trainable else {}
+        return change(AdapterWeights(layers=self.layers, heads=self.update.weights.heads), start=start, heads=heads)
+
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
@@ -144,11 +149,24 @@ class Method:
         start = {} if fresh else starting_factors(assignment, self._rules)
         return Work(assignment, start, self._rules.scale(assignment.rank))
 
-    def combine(self, weights: AdapterWeights, accepted: Sequence[Accepted], *, round_number: int) -> Combined:
+    def combine(
+        self,
+        weights: AdapterWeights,
+        accepted: Sequence[Accepted],
+        *,
+        round_number: int,
+        trusted_change: AdapterWeights | None = None,
+    ) -> Combined:
         """Return the next global adapter; a function of the updates in the order given.
 
         Strategies that add changes read the updates one by one, so that all of them never sit in memory together;
         the other strategies, and defences, hold them all.
+
+        Args:
+            weights: The global adapter.
+            accepted: The updates of the round.
+            round_number: From 1.
+            trusted_change: What the coordinator learned itself, where the defence wants it.
 
         Raises:
             NotEnoughClients: The defence of the run leaves none of them.
@@ -162,7 +180,7 @@ class Method:
             )
             return self._told(accepted, shares, trusted(shares), weights, made, heads.result(), round_number)
         trained = [self._without_tail(each.load()) for each in accepted]
-        defended = self._defended(weights, trained, shares)
+        defended = self._defended(weights, trained, shares, trusted_change)
         counted = [(each, weight) for each, weight in zip(trained, defended.weights, strict=True) if weight > 0.0]
         if not counted:
             raise NotEnoughClients(f"round {round_number}: the defence trusts none of {len(trained)} updates")
@@ -215,18 +233,17 @@ class Method:
         alike = self._settings.defence.equal_weights
         return example_weights([1 if alike else each.num_examples for each in accepted])
 
-    def _defended(self, weights: AdapterWeights, trained: Sequence[Trained], shares: Sequence[float]) -> Defended:
+    def _defended(
+        self,
+        weights: AdapterWeights,
+        trained: Sequence[Trained],
+        shares: Sequence[float],
+        trusted_change: AdapterWeights | None,
+    ) -> Defended:
         if self._settings.defence.kind == "none":
             return trusted(shares)
-        changes = [
-            change(
-                AdapterWeights(layers=each.layers, heads=each.update.weights.heads),
-                start=each.work.start if each.work.assignment.trainable else {},
-                heads=weights.heads,
-            )
-            for each in trained
-        ]
-        return defend(changes, weights=shares, settings=self._settings.defence)
+        changes = [each.change(weights.heads) for each in trained]
+        return defend(changes, weights=shares, settings=self._settings.defence, trusted_change=trusted_change)
 
     def _heads(self, weights: AdapterWeights, counted: Sequence[tuple[Trained, float]]) -> dict[str, Tensor]:
         heads, shares = [each.update.weights.heads for each, _ in counted], [weight for _, weight in counted]

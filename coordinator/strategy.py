@@ -7,20 +7,23 @@ Updates are taken one by one as they come: each is checked, then recorded, befor
 import logging
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from pomona.adapters import AdapterUpdate, AdapterWeights
+from pomona.aggregation.spectrum import summary, update_spectrum
 from pomona.aggregation.strategies.contract import Assignment
 from pomona.aggregation.verify import Enrolment, Expected, verify_update
 from pomona.coordinator.enrolment import Roster
 from pomona.coordinator.method import Accepted, Combined, Method, Trained, Work
 from pomona.coordinator.replies import Reply
+from pomona.coordinator.trusted import TrustedTrainer
 from pomona.errors import NotEnoughClients, PayloadError, UpdateRejected, VersionConflict
 from pomona.manifest import AdapterManifest
 from pomona.messages import pack, unpack
@@ -82,15 +85,18 @@ class LoraStrategy(Strategy):
         registry: Registry,
         roster: Roster,
         weights: AdapterWeights,
+        trusted: TrustedTrainer | None = None,
     ) -> None:
         self._settings, self._invitation, self._manifest = settings, invitation, manifest
         self._registry, self._roster = registry, roster
         self.weights = weights
         self.parent = ""
+        self._no_heads = {name: torch.zeros_like(head) for name, head in weights.heads.items()}
         self._seen_nonces: set[str] = set()
         self._seen_digests: set[str] = set()
         self._round = _Round(0, (), 0.0)
         self._method = Method(settings, manifest)
+        self._trusted = trusted
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -132,7 +138,9 @@ class LoraStrategy(Strategy):
             payload = self._payload(client, reply)
             self._round.bytes_up += len(payload)
             update = self._verified(client, payload)
-            self._record(client, payload, update, "accepted", "")
+            trained = Trained(update, self._work_of(client))
+            report = update_spectrum(trained.change(self.weights.heads), heads=self._no_heads, median_norm=0.0)
+            self._record(client, payload, update, "accepted", "", summary(report))
         except (PayloadError, VersionConflict) as error:
             reason = error.reason if isinstance(error, UpdateRejected) else str(error)
             _log.warning("round %d: the update of %s does not count: %s", self._round.number, client, reason)
@@ -176,11 +184,20 @@ class LoraStrategy(Strategy):
                 f"from a cohort of {len(self._round.cohort)}; `pomona registry lineage` and the log say why"
             )
         return Aggregate(
-            combined=self._method.combine(self.weights, accepted, round_number=self._round.number),
+            combined=self._method.combine(
+                self.weights, accepted, round_number=self._round.number, trusted_change=self._trusted_change()
+            ),
             bytes_down=self._round.bytes_down,
             bytes_up=self._round.bytes_up,
             seconds=time.monotonic() - self._round.began,
         )
+
+    def _trusted_change(self) -> AdapterWeights | None:
+        """Train on the trusted data, at the cohort's median rank: clients are cut to the length of this change."""
+        if self._trusted is None:
+            return None
+        works = sorted(self._round.work.values(), key=lambda work: work.assignment.rank)
+        return self._trusted.change(self.weights, works[(len(works) - 1) // 2], round_number=self._round.number)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -285,7 +302,13 @@ class LoraStrategy(Strategy):
         return _FLOAT32_BYTES * (factors + heads) + _MAX_HEADER_BYTES
 
     def _record(
-        self, client: str, payload: bytes, update: AdapterUpdate | None, status: SubmissionStatus, reason: str
+        self,
+        client: str,
+        payload: bytes,
+        update: AdapterUpdate | None,
+        status: SubmissionStatus,
+        reason: str,
+        spectrum: Mapping[str, float] | None = None,
     ) -> None:
         member = self._roster.members.get(client)
         self._registry.record_submission(
@@ -301,6 +324,7 @@ class LoraStrategy(Strategy):
                 reason=reason,
                 payload=payload,
                 train_loss=update.train_loss if update else 0.0,
+                spectrum=spectrum or {},
             )
         )
 

@@ -27,6 +27,7 @@ class NewSubmission:
         reason: Why it was not accepted.
         payload: The bytes as they came.
         train_loss: Mean loss that the client states.
+        spectrum: How large its change is, and in how few directions; empty where that was not found out.
     """
 
     run_id: str
@@ -40,6 +41,7 @@ class NewSubmission:
     reason: str = ""
     payload: bytes = field(repr=False)
     train_loss: float = 0.0
+    spectrum: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +74,7 @@ class Submission:
     received_at: datetime
     train_loss: float | None
     version: str | None
+    spectrum: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

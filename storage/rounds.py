@@ -9,7 +9,7 @@ from pomona.errors import AdapterNotFound, BaseModelError, ConfigError, VersionC
 from pomona.storage import tables as t
 from pomona.storage import versions
 from pomona.storage.records import Client, NewSubmission, Round, Run, RunState, Submission, SubmissionStatus
-from pomona.storage.values import count, metrics, read_metrics, real, text
+from pomona.storage.values import count, json_value, metrics, read_metrics, real, text
 
 _NAME_LENGTH = 200
 _NONCE_LENGTH = 64
@@ -254,6 +254,7 @@ def insert_submission(connection: sa.Connection, new: NewSubmission, sha256: str
         "reason": text(new.reason, limit=REASON_LENGTH),
         "received_at": datetime.now(UTC),
         "train_loss": real(new.train_loss),
+        "spectrum": json_value(new.spectrum) if new.spectrum else None,
     }
     statement = sa.insert(t.submission).values(**values).returning(t.submission.c.id)
     key = connection.execute(statement).scalar_one()
@@ -291,6 +292,7 @@ def _submission(row: sa.Row[tuple[object, ...]]) -> Submission:
         received_at=row.received_at,
         train_loss=row.train_loss,
         version=row.version,
+        spectrum=row.spectrum or {},
     )
 
 

@@ -160,6 +160,7 @@ submission = sa.Table(
     _moment("received_at"),
     sa.Column("train_loss", sa.Double, nullable=True),
     _version_id(nullable=True),
+    sa.Column("spectrum", sa.JSON, nullable=True),
     sa.ForeignKeyConstraint(["run_id", "round"], ["round.run_id", "round.number"]),
     sa.CheckConstraint("status IN ('accepted', 'rejected', 'late', 'quarantined')", name="status"),
     sa.Index("ix_submission_run_id_round", "run_id", "round"),

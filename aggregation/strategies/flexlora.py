@@ -38,8 +38,7 @@ def assign(state: Layers, *, rank: int, round_number: int, rules: Rules) -> Assi
     """Give the client the largest components of the average, singular values in B."""
     del round_number
     layers = {
-        name: _singular_values_in_b(leading(factors, rules.layer_rank(name, rank)))
-        for name, factors in state.items()
+        name: _singular_values_in_b(leading(factors, rules.layer_rank(name, rank))) for name, factors in state.items()
     }
     return Assignment(layers=layers, rank=rank, trainable=rank, adapter_seed=seed_of(rules.seed, "A"))
 

@@ -250,16 +250,19 @@ class DefenceSettings(_Section):
 
     Attributes:
         kind: ``norm-bounding`` scales large updates down, ``multi-krum`` and ``trimmed-mean`` leave out those far from
-            the others, ``geometric-median`` weighs all by their distance from it.
+            the others, ``geometric-median`` weighs all by their distance from it, ``fltrust`` by the angle to what
+            the coordinator learns itself from ``trusted_data``.
         attackers: How many of a round are assumed, for ``multi-krum`` and ``trimmed-mean``.
         norm_factor: The bound as a multiple of the median norm, for ``norm-bounding``.
         equal_weights: Count clients alike and not by their examples, which an attacker states itself.
+        trusted_data: A file of the coordinator's own clean examples, for ``fltrust``; a few hundred will do.
     """
 
-    kind: Literal["none", "norm-bounding", "multi-krum", "geometric-median", "trimmed-mean"] = "none"
+    kind: Literal["none", "norm-bounding", "multi-krum", "geometric-median", "trimmed-mean", "fltrust"] = "none"
     attackers: NonNegativeInt = 0
     norm_factor: PositiveFloat = 1.0
     equal_weights: bool = False
+    trusted_data: str = ""
 
     @model_validator(mode="after")
     def _attackers_are_assumed(self) -> Self:
@@ -267,6 +270,11 @@ class DefenceSettings(_Section):
             raise ValueError(
                 "defence.attackers goes with multi-krum and trimmed-mean, at least 1, and with no other; "
                 f"got kind={self.kind!r} and attackers={self.attackers}"
+            )
+        if (self.kind == "fltrust") != bool(self.trusted_data):
+            raise ValueError(
+                "defence.trusted_data goes with fltrust and with no other; "
+                f"got kind={self.kind!r} and trusted_data={self.trusted_data!r}"
             )
         return self
 

@@ -378,6 +378,7 @@ def _scaled_up(factor: float) -> Tamper:
         ({"kind": "multi-krum", "attackers": 1}, "quarantined"),
         ({"kind": "trimmed-mean", "attackers": 1}, "quarantined"),
         ({"kind": "geometric-median"}, "accepted"),
+        ({"kind": "fltrust"}, "quarantined"),
     ],
 )
 @pytest.mark.parametrize("warm", [False, True])
@@ -388,6 +389,7 @@ def test_a_poisoned_update_moves_the_sum_little_and_is_named(
     tmp_path: Path,
     make_settings: MakeSettings,
     make_profile: MakeProfile,
+    toy_data: Path,
     *,
     warm: bool,
 ) -> None:
@@ -408,6 +410,8 @@ def test_a_poisoned_update_moves_the_sum_little_and_is_named(
     with open_registry(tmp_path / "plain") as other:
         run_federation(InProcessGrid(nodes(attacked=True)), plain, other, run_id=RUN)
         assert norm(weights_of(other, "toy/2")) > 10 * honest
+    if defence["kind"] == "fltrust":
+        defence = {**defence, "trusted_data": str(toy_data)}
     defended = make_settings(rounds=2, cohort=cohort, aggregation=limits, defence=defence)
     run_federation(InProcessGrid(nodes(attacked=True)), defended, registry, run_id=RUN)
     assert norm(weights_of(registry, "toy/2")) < 2.5 * honest
@@ -417,6 +421,8 @@ def test_a_poisoned_update_moves_the_sum_little_and_is_named(
         assert found["client-4"].reason
         assert (found["client-4"].weight or 0.0) < 0.05
         assert {each.status for name, each in found.items() if name != "client-4"} == {"accepted"}
+        norms = {name: each.spectrum["norm"] for name, each in found.items()}
+        assert norms["client-4"] > 10 * max(norm for name, norm in norms.items() if name != "client-4")
 
 
 def test_momentum_carries_over_between_rounds(

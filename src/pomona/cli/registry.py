@@ -1,5 +1,6 @@
 """``pomona registry``: what adapters there are, what they are made of, and how to get one out."""
 
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,7 @@ Home = Annotated[
 ]
 Ref = Annotated[str, typer.Argument(help="name/3, name@alias, or name for its newest version.")]
 
+_SPECTRUM = ("norm", "stable_rank", "effective_rank", "top_share")
 _VERSION_COLUMNS = (
     "version",
     "rank",
@@ -64,6 +66,16 @@ def show(ref: Ref, *, home: Home = None, as_json: Json = False) -> None:
         print_table(("", ""), _version_details(version), title=version.ref)
         columns = ("client", "rank", "examples", "weight", "sha256", "status", "reason")
         print_table(columns, map(_submission_row, sent), title=f"{len(sent)} submissions")
+        if any(item.spectrum for item in sent):
+            changed = (
+                "client",
+                "norm",
+                "of the median",
+                "stable rank",
+                "effective rank",
+                "largest share of one direction",
+            )
+            print_table(changed, _spectrum_rows(sent), title="what they change")
 
 
 @app.command()
@@ -271,6 +283,15 @@ def _submission_row(item: "Submission") -> Sequence[object]:
         item.status,
         item.reason,
     )
+
+
+def _spectrum_rows(sent: Sequence["Submission"]) -> Iterator[Sequence[object]]:
+    """Yield what each update changes; norms also as multiples of the cohort's median."""
+    known = [item for item in sent if item.spectrum]
+    median = statistics.median(item.spectrum["norm"] for item in known)
+    for item in known:
+        norm, stable, effective, top = (item.spectrum.get(name) for name in _SPECTRUM)
+        yield item.client, norm, norm / median if norm and median else None, stable, effective, top
 
 
 def _adapter_row(item: "AdapterSummary") -> Sequence[object]:
