@@ -43,7 +43,8 @@ RESULTS = Path(__file__).parent / "results"
 DEFENCES = ("none", "norm-bounding", "multi-krum", "trimmed-mean", "geometric-median", "fltrust")
 ATTACKS = ("sign-flip", "scaled", "random")
 ROOT_EXAMPLES = 240
-ROOT_RANK = 16
+LEARNING_RATE = 2e-3  # best on the validation split for rounds of five steps, see strategies.py
+ROOT_RANK = 8  # the cohort's median
 MAX_RANK = 64
 
 
@@ -119,12 +120,12 @@ def main() -> None:
     parser.add_argument("--attackers", type=int, nargs="+", default=[0, 1, 2, 3], help="of ten clients")
     parser.add_argument("--defences", nargs="+", choices=DEFENCES, default=list(DEFENCES))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS / "robustness.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    setting = Setting(rounds=options.rounds, steps=options.steps)
+    setting = Setting(rounds=options.rounds, steps=options.steps, learning_rate=LEARNING_RATE)
     size = {"rounds": setting.rounds, "steps": setting.steps}
     check_defences()
     bench = root = None
