@@ -138,6 +138,15 @@ class StackAccumulator:
             self._sum.add(factors.b, factors.a, coefficient)
 
     @torch.no_grad()
+    def held(self) -> LoraFactors:
+        """Return the sum as it is held, without ``start``: copies of factors in the accumulator's dtype, scale 1.
+
+        Their rank is at most ``guard_rank + block_rank``, or that of a full matrix where the sum is dense. Nothing is
+        decomposed, so this is for those who decompose what they add to it anyway.
+        """
+        return self._sum.held()
+
+    @torch.no_grad()
     def result(self, max_rank: int, energy: float, *, mean: bool = False) -> tuple[LoraFactors, float]:
         """Return ``start`` plus the sum, truncated; the accumulator may be fed further.
 
@@ -192,6 +201,11 @@ class _Dense:
     def is_zero(self) -> bool:
         return not bool(self._sum.any())
 
+    def held(self) -> LoraFactors:
+        out, in_ = self._sum.shape
+        one = torch.eye(min(out, in_), dtype=self._sum.dtype)
+        return LoraFactors(a=self._sum.clone(), b=one) if out <= in_ else LoraFactors(a=one, b=self._sum.clone())
+
     def norm(self) -> float:
         return float(self._sum.norm())
 
@@ -230,6 +244,13 @@ class _Terms:
 
     def is_zero(self) -> bool:
         return not self._filled
+
+    def held(self) -> LoraFactors:
+        if self.is_zero():
+            b, a = torch.zeros_like(self._b[:1]), torch.zeros_like(self._a[:1])
+            return LoraFactors(a=a, b=b.T)
+        b, a, c = self._b[: self._filled], self._a[: self._filled], self._c[: self._filled]
+        return LoraFactors(a=c[:, None].to(a.dtype) * a, b=b.T.contiguous())
 
     def norm(self) -> float:
         b, a, c = (tensor[: self._filled].double() for tensor in (self._b, self._a, self._c))

@@ -7,6 +7,7 @@ bytes, hardly any computing. So the time of a step is measured, at rank 1 and at
 as a straight line between them.
 """
 
+import bisect
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,11 +20,13 @@ from pomona.batches import Encoded
 from pomona.client.train import train_locally
 from pomona.errors import ConfigError
 from pomona.lora_model import AdaptedModel
+from pomona.ranks import layer_rank
 from pomona.settings import TrainingSettings
 
 _FLOAT32_BYTES = 4
 _COPIES = 5
 _TRIAL_STEPS = 3
+_MOST = 4096  # as the protocol has it
 
 Shapes = Mapping[str, tuple[int, int]]
 
@@ -76,7 +79,7 @@ def choose_rank(
     free = (free_bytes or free_memory)()
     shapes = model.manifest.layers
     choice = Choice(max_rank, f"the run takes no rank above {max_rank}")
-    fits = rank_for_memory(shapes, free_bytes=int(free * budget.memory_share))
+    fits = rank_for_memory(shapes, free_bytes=int(free * budget.memory_share), training=training)
     if fits < choice.rank:
         choice = Choice(fits, f"{free / 1e9:.1f} GB are free, and {budget.memory_share:.0%} of that may be used")
     if budget.round_s is not None and choice.rank >= min_rank:
@@ -89,14 +92,20 @@ def choose_rank(
     return choice
 
 
-def rank_for_memory(shapes: Shapes, *, free_bytes: int) -> int:
+def rank_for_memory(shapes: Shapes, *, free_bytes: int, training: TrainingSettings | None = None) -> int:
     """Return the largest rank whose factors and training state fit, 0 if none does.
 
     Example:
         >>> rank_for_memory({"query": (60, 40)}, free_bytes=16_000)
         8
     """
-    return free_bytes // (_FLOAT32_BYTES * _COPIES * sum(out + in_ for out, in_ in shapes.values()))
+    pattern = training.rank_pattern if training else ()
+    largest = free_bytes // (_FLOAT32_BYTES * _COPIES)
+
+    def numbers(rank: int) -> int:
+        return sum(layer_rank(pattern, name, rank) * (out + in_) for name, (out, in_) in shapes.items())
+
+    return bisect.bisect_right(range(1, _MOST + 1), largest, key=numbers)
 
 
 def rank_for_time(*, seconds: float, at_rank_1: float, at_rank: tuple[int, float]) -> int:

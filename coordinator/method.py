@@ -17,7 +17,7 @@ from pomona.aggregation.strategies.contract import Assignment, Contribution, Rul
 from pomona.aggregation.strategies.hetlora import pruned
 from pomona.aggregation.strategies.start import starting_factors
 from pomona.aggregation.weights import example_weights
-from pomona.errors import NotEnoughClients
+from pomona.errors import ConfigError, NotEnoughClients
 from pomona.manifest import AdapterManifest
 from pomona.ranks import check_pattern
 from pomona.settings import RunSettings
@@ -121,6 +121,7 @@ class Method:
     def __init__(self, settings: RunSettings, manifest: AdapterManifest) -> None:
         limits = settings.aggregation
         check_pattern(settings.training.rank_pattern, manifest.layers)
+        _check_orthonormal(settings, manifest)
         self._settings = settings
         self._strategy = BY_NAME[limits.strategy]
         self._optimizer_state = OptimizerState()
@@ -268,9 +269,21 @@ class Method:
         return weights, {name: share * kept.get(name, 1.0) for name, share in energy.items()}
 
 
+def _check_orthonormal(settings: RunSettings, manifest: AdapterManifest) -> None:
+    if settings.aggregation.strategy != "ffa-nested":
+        return
+    for name, (_, in_) in manifest.layers.items():
+        if (rank := settings.training.layer_rank(name, settings.aggregation.max_rank)) > in_:
+            raise ConfigError(
+                f"ffa-nested trains orthonormal rows, at most {in_} in layer {name!r}; aggregation.max_rank and "
+                f"training.rank_pattern allow {rank} there: lower them"
+            )
+
+
 def _one_by_one(accepted: Sequence[Accepted], shares: Sequence[float], heads: HeadMean) -> Iterator[Contribution]:
     """Yield each update and let go of it; its heads are counted on the way."""
     for each, share in zip(accepted, shares, strict=True):
         trained = each.load()
         heads.add(trained.update.weights.heads, share)
         yield Contribution(layers=trained.layers, weight=share)
+        del trained  # before the next is read

@@ -310,7 +310,7 @@ class LoraStrategy(Strategy):
         reason: str,
         spectrum: Mapping[str, float] | None = None,
     ) -> None:
-        member = self._roster.members.get(client)
+        member = self._asked(client) if client in self._round.work else self._roster.members.get(client)
         self._registry.record_submission(
             NewSubmission(
                 run_id=self._invitation.run_id,

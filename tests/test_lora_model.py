@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,10 +17,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from pomona.adapters import AdapterWeights, LoraFactors
 from pomona.base_model import base_model_sha256, check_base_model, find_base_model
-from pomona.batches import Encoded, batches, collate
+from pomona.batches import Encoded, batch_indices, batches, collate
 from pomona.client.train import train_locally
 from pomona.errors import BaseModelError, DataError, PayloadError
 from pomona.lora_model import AdaptedModel, Task
+from pomona.ranks import RankPattern, layer_rank
 from pomona.seeds import fresh_a
 from pomona.settings import TrainingSettings
 
@@ -472,3 +474,130 @@ def test_padding_does_not_change_the_outputs(tiny_bert: Path) -> None:
     alone = torch.cat([raw_output(model, batch) for batch in (collate(encoded, [i]) for i in range(len(encoded)))])
     assert_close(together, alone, rtol=1e-5, atol=1e-5)
     assert len(list(batches(encoded, batch_size=2, generator=None))) == 3
+
+
+PATTERN = (("query", 0.5), ("key", 2.0), ("output.dense", 0.25))
+
+
+def ranks_of_pattern(model: AdaptedModel, rank: int) -> dict[str, int]:
+    """By the longest of the names of PATTERN, spelt out."""
+    found = {}
+    for name in model.manifest.layers:
+        factor = 0.5 if name.endswith(".query") else 2.0 if name.endswith(".key") else 1.0
+        found[name] = int(rank * (0.25 if name.endswith(".output.dense") else factor))
+    return found
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_a_pattern_gives_each_layer_its_rank_and_all_one_scale(tiny_bert: Path, *, rslora: bool) -> None:
+    """PEFT scales by the rank of each layer; the coordinator knows one scale per client."""
+    model = load(tiny_bert)
+    weights = random_weights(model)
+    model.attach(weights, rank=4, alpha=6.0, rslora=rslora, seed=1, rank_pattern=PATTERN)
+    expected = ranks_of_pattern(model, 4)
+    assert {1, 2, 4, 8} == set(expected.values())
+    local = model.local_weights()
+    assert {name: factors.rank for name, factors in local.layers.items()} == expected
+    for name, layer in model._lora_layers():
+        assert layer.scaling["local"] == 6.0 / (2.0 if rslora else 4.0)
+        in_ = model.manifest.layers[name][1]
+        assert torch.equal(local.layers[name].a, fresh_a(name, expected[name], in_, seed=1))
+
+
+@pytest.mark.parametrize("pattern", [(), PATTERN], ids=["equal", "pattern"])
+@pytest.mark.parametrize("trainable", [0, 2, 4])
+@pytest.mark.parametrize("given_rank", [3, 4, 6])
+def test_taking_over_a_part_of_the_global_adapter_changes_no_output(
+    tiny_bert: Path, pattern: RankPattern, trainable: int, given_rank: int
+) -> None:
+    """A layer that takes over less than others leaves more frozen, which must neither be lost nor fail to fit."""
+    model = load(tiny_bert)
+    weights = random_weights(model, rank=given_rank)
+    batch = collate(encoded := examples(model), range(len(encoded)))
+    model.attach(weights)
+    expected = raw_output(model, batch)
+    model.attach(weights, rank=4, alpha=8.0, seed=1, trainable=trainable, rank_pattern=pattern)
+    assert_close(raw_output(model, batch), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pattern", [(), PATTERN], ids=["equal", "pattern"])
+@pytest.mark.parametrize("start", [1, 2, 3])
+def test_the_penalty_of_the_tail_and_its_gradient_are_those_of_the_formula(
+    tiny_bert: Path, pattern: RankPattern, start: int
+) -> None:
+    model = load(tiny_bert)
+    model.attach(random_weights(model), rank=4, alpha=8.0, seed=1, rank_pattern=pattern)
+    local = bump_local(model)
+    penalty = model.tail_norm(start)
+    penalty.backward()  # type: ignore[no-untyped-call]
+    total = 0.0
+    for name, layer in model._lora_layers():
+        a, b = local.layers[name].a.double(), local.layers[name].b.double()
+        k = layer_rank(pattern, name, start)
+        norm_a, norm_b = float(a[k:].square().sum()) ** 0.5, float(b[:, k:].square().sum()) ** 0.5
+        total += norm_a * norm_b
+        down, up = torch.zeros_like(a), torch.zeros_like(b)
+        if k < len(a):
+            down[k:], up[:, k:] = norm_b * a[k:] / norm_a, norm_a * b[:, k:] / norm_b
+        for factor, expected in ((layer.lora_A, down), (layer.lora_B, up)):
+            gradient = factor["local"].weight.grad
+            assert isinstance(gradient, Tensor)
+            assert_close(gradient.double(), expected, rtol=1e-5, atol=1e-6)
+    assert penalty.item() == pytest.approx(total, rel=1e-5)
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+def test_a_tail_that_is_empty_or_fresh_has_a_penalty_of_zero_and_no_gradient(tiny_bert: Path, rank: int) -> None:
+    """The root of zero has no slope: NaN would reach every factor in the first round."""
+    model = load(tiny_bert)
+    model.attach(random_weights(model), rank=rank, alpha=8.0, seed=1)
+    penalty = model.tail_norm(max(1, rank // 2))
+    penalty.backward()  # type: ignore[no-untyped-call]
+    assert penalty.item() == 0.0
+    lora, _ = model.parameters()
+    assert not any(parameter.grad is not None and bool(parameter.grad.any()) for parameter in lora)
+
+
+def tail_of(weights: AdapterWeights, kept: int) -> float:
+    return sum(float(f.b[:, kept:].norm() * f.a[kept:].norm()) for f in weights.layers.values())
+
+
+def test_a_tail_is_smaller_with_the_penalty_than_without(tiny_bert: Path) -> None:
+    """Self-pruning that never prunes: the tail would have to fall on its own."""
+    model = load(tiny_bert)
+    start = random_weights(model, rank=4)
+    training = TrainingSettings(local_epochs=4, batch_size=2, learning_rate=1e-2, alpha_per_rank=1.0)
+    plain, penalised, hard = (
+        train_locally(
+            model,
+            examples(model),
+            start=start,
+            rank=4,
+            training=training,
+            adapter_seed=1,
+            batch_seed=2,
+            trainable=4,
+            tail=(2, penalty),
+        )
+        for penalty in (0.0, 0.1, 10.0)
+    )
+    before, tails = tail_of(start, 2), [tail_of(each.weights, 2) for each in (plain, penalised, hard)]
+    assert tails[2] < tails[1] < tails[0]
+    assert tails[2] < 0.9 * before
+
+
+@pytest.mark.parametrize(("steps", "epochs"), [(1, 1), (3, 1), (4, 2), (0, 5)])
+def test_no_batch_is_collated_that_no_step_takes(
+    tiny_bert: Path, monkeypatch: pytest.MonkeyPatch, steps: int, epochs: int
+) -> None:
+    """A run of few steps over many epochs would spend its time on batches that are thrown away."""
+    model = load(tiny_bert)
+    encoded, collated, planned = examples(model), Mock(wraps=collate), Mock(wraps=batch_indices)
+    monkeypatch.setattr("pomona.batches.collate", collated)
+    monkeypatch.setattr("pomona.batches.batch_indices", planned)
+    training = TrainingSettings(local_epochs=5, batch_size=2, max_steps=steps)
+    trained = train_locally(
+        model, encoded, start=random_weights(model), rank=2, training=training, adapter_seed=1, batch_seed=2
+    )
+    assert trained.steps == (steps or 15)
+    assert (collated.call_count, planned.call_count) == (trained.steps, epochs)

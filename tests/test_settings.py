@@ -8,7 +8,16 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from pomona.errors import ConfigError
-from pomona.settings import RunSettings, load_settings, parse_settings
+from pomona.settings import (
+    AggregationSettings,
+    RunSettings,
+    SelfPruningSettings,
+    TrainingSettings,
+    load_settings,
+    parse_settings,
+)
+from pomona.strategies import BY_NAME as FACTS
+from pomona.strategies import EQUAL_RANK
 
 FULL = """
 name = "news.en_1-b"
@@ -94,10 +103,16 @@ def test_settings_are_frozen() -> None:
 
 WRONG: dict[str, tuple[str, tuple[str, ...]]] = {
     "no name": ("rounds = 3", ("name: Field required",)),
-    "unknown key": ('name = "a"\nround = 3', ("round: Extra inputs are not permitted",)),
-    "unknown section": ('name = "a"\n[trainning]\nbatch_size = 3', ("trainning: Extra inputs",)),
-    "unknown key in a section": ('name = "a"\n[training]\nlr = 3', ("training.lr: Extra inputs",)),
-    "a key in the wrong section": ('name = "a"\n[training]\nmax_rank = 3', ("training.max_rank: Extra inputs",)),
+    "unknown key": ('name = "a"\nround = 3', ("round: unknown; did you mean 'rounds'?",)),
+    "unknown section": ('name = "a"\n[trainning]\nbatch_size = 3', ("trainning: unknown; did you mean 'training'?",)),
+    "unknown key in a section": (
+        'name = "a"\n[training]\nlr = 3',
+        ("training.lr: unknown; known are local_epochs, max_steps",),
+    ),
+    "a key in the wrong section": (
+        'name = "a"\n[training]\nmax_rank = 3',
+        ("training.max_rank: unknown; it belongs in [aggregation]",),
+    ),
     "fraction and size": (
         'name = "a"\n[cohort]\nfraction = 0.5\nsize = 3',
         ("cohort: give cohort.fraction or cohort.size, not both", "fraction=0.5 size=3"),
@@ -175,6 +190,35 @@ WRONG: dict[str, tuple[str, tuple[str, ...]]] = {
         'name = "a"\n[aggregation]\nrank_partitioned = true',
         ("aggregation.rank_partitioned is for flexlora, hetlora, got strategy='flora-bounded'",),
     ),
+    "self-pruning elsewhere": (
+        'name = "a"\n[aggregation.self_pruning]\npenalty = 0.1',
+        ("aggregation.self_pruning is for hetlora, got strategy='flora-bounded'",),
+    ),
+    "a tail that is nothing": (
+        'name = "a"\n[aggregation]\nstrategy = "hetlora"\n[aggregation.self_pruning]\ndecay = 1.0',
+        ("aggregation.self_pruning.decay", "less than 1, got 1.0"),
+    ),
+    "a tail that is everything": (
+        'name = "a"\n[aggregation]\nstrategy = "hetlora"\n[aggregation.self_pruning]\ndecay = 0',
+        ("aggregation.self_pruning.decay", "greater than 0, got 0"),
+    ),
+    "a reward for tails": (
+        'name = "a"\n[aggregation]\nstrategy = "hetlora"\n[aggregation.self_pruning]\npenalty = -1',
+        ("aggregation.self_pruning.penalty", "got -1"),
+    ),
+    "alpha 0": ('name = "a"\n[training]\nalpha = 0', ("training.alpha", "greater than 0, got 0")),
+    "a layer of rank 0": (
+        'name = "a"\n[training.rank_pattern]\nquery = 0',
+        ("training.rank_pattern.0.1", "greater than 0, got 0"),
+    ),
+    "a layer of a huge rank": (
+        'name = "a"\n[training.rank_pattern]\nquery = 17',
+        ("training.rank_pattern.0.1", "less than or equal to 16, got 17"),
+    ),
+    "a dotted name without quotes": (
+        'name = "a"\n[training.rank_pattern]\noutput.dense = 2',
+        ("training.rank_pattern.0.1", "number"),
+    ),
     "a server optimiser elsewhere": (
         'name = "a"\n[aggregation]\nstrategy = "flexlora"\n[aggregation.server_optimizer]\nkind = "fedavgm"',
         ("aggregation.server_optimizer is for ffa-nested, flora-bounded, got strategy='flexlora'",),
@@ -228,6 +272,34 @@ def test_a_wrong_run_file_is_refused_with_what_is_wrong(wrong: str) -> None:
         assert part in str(refused.value)
     assert "pydantic" not in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("strategy", sorted(FACTS))
+def test_only_hetlora_prunes_itself(strategy: str) -> None:
+    limits = {"strategy": strategy, "self_pruning": {}} | ({"rank": 4} if strategy in EQUAL_RANK else {})
+    if strategy == "hetlora":
+        assert AggregationSettings.model_validate(limits).self_pruning == SelfPruningSettings()
+        return
+    with pytest.raises(ValidationError, match="self_pruning is for hetlora"):
+        AggregationSettings.model_validate(limits)
+
+
+@pytest.mark.parametrize(
+    ("changes", "alphas", "scales"),
+    [
+        ({"alpha_per_rank": 2.0}, (2.0, 8.0), (2.0, 2.0)),
+        ({"alpha_per_rank": 2.0, "rslora": True}, (2.0, 8.0), (2.0, 4.0)),
+        ({"alpha": 8.0}, (8.0, 8.0), (8.0, 2.0)),
+        ({"alpha": 8.0, "rslora": True}, (8.0, 8.0), (8.0, 4.0)),
+        ({"alpha": 8.0, "alpha_per_rank": 3.0}, (8.0, 8.0), (8.0, 2.0)),
+    ],
+)
+def test_a_fixed_alpha_counts_before_one_per_rank(
+    changes: dict[str, object], alphas: tuple[float, float], scales: tuple[float, float]
+) -> None:
+    training = TrainingSettings.model_validate(changes)
+    assert (training.alpha_of(1), training.alpha_of(4)) == alphas
+    assert (training.scale_of(1), training.scale_of(4)) == scales
 
 
 def test_a_file_is_read(tmp_path: Path) -> None:

@@ -42,11 +42,12 @@ def aggregate(
 
 
 def check_equal_ranks(contributions: Sequence[Contribution]) -> None:
-    """Check that one rank was trained.
+    """Check that one rank was trained in each layer; layers may differ.
 
     Raises:
-        ValueError: The ranks differ.
+        ValueError: The clients' ranks differ.
     """
-    ranks = sorted({factors.rank for each in contributions for factors in each.layers.values()})
-    if len(ranks) != 1:
-        raise ValueError(f"expected clients of one rank, got ranks {ranks}")
+    for name in contributions[0].layers:
+        ranks = sorted({each.layers[name].rank for each in contributions})
+        if len(ranks) != 1:
+            raise ValueError(f"expected clients of one rank, got ranks {ranks}")

@@ -43,8 +43,8 @@ def aggregate(
     del round_number
     update: dict[str, LoraFactors] = {}
     for each in contributions:
-        for name, factors in each.layers.items():
-            update[name] = _padded_sum(update.get(name), factors, each.weight)
+        update |= {name: _padded_sum(update.get(name), factors, each.weight) for name, factors in each.layers.items()}
+        del each  # before the next is read
     return truncated_sum(state, [update], weights=[1.0], rules=rules)
 
 

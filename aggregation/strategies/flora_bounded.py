@@ -27,8 +27,10 @@ import torch
 from torch import Tensor
 
 from pomona.adapters import LoraFactors
+from pomona.aggregation.flora import stack
 from pomona.aggregation.strategies.contract import Assignment, Contribution, Layers, Rules, truncated_sum
 from pomona.aggregation.strategies.folding import fold
+from pomona.aggregation.verify import update_norm
 from pomona.seeds import seed_of
 
 
@@ -53,7 +55,9 @@ def aggregate(
     if rules.warm_start:
         current = {name: _left_in_place(factors, held[name]) for name, factors in state.items()}
     layers, retained = truncated_sum(current, [update], weights=[1.0], rules=rules)
-    return layers, {name: share * kept[name] for name, share in retained.items()}
+    return layers, {
+        name: share * _kept_of_whole(current.get(name), update[name], kept[name]) for name, share in retained.items()
+    }
 
 
 def _noting(contributions: Iterable[Contribution], held: Mapping[str, Tensor]) -> Iterator[Contribution]:
@@ -62,6 +66,16 @@ def _noting(contributions: Iterable[Contribution], held: Mapping[str, Tensor]) -
         for name, total in held.items():
             total[: each.layers[name].rank] += each.weight
         yield each
+        del each  # before the next is read
+
+
+def _kept_of_whole(current: LoraFactors | None, update: LoraFactors, kept: float) -> float:
+    """Return the share of ``G + update`` that was kept, given that of the update; what was lost leans on neither."""
+    if current is None or kept in {0.0, 1.0}:
+        return kept
+    lost = update_norm({"": update}, {}) ** 2 * (1.0 - kept) / kept
+    whole = update_norm({"": stack([current, update], weights=[1.0, 1.0])}, {}) ** 2
+    return whole / (whole + lost)
 
 
 def _left_in_place(factors: LoraFactors, held: Tensor) -> LoraFactors:

@@ -1,6 +1,6 @@
 """The weighted sum of a round's updates, in memory that does not grow with the number of clients."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -14,7 +14,7 @@ def guard_rank(max_rank: int) -> int:
 
 
 def fold(contributions: Iterable[Contribution], rules: Rules) -> tuple[Layers, dict[str, float]]:
-    """Return ``sum_k p_k s_k B_k A_k`` of each layer, and the share of its energy that merges have kept.
+    """Return ``sum_k p_k s_k B_k A_k`` of each layer as it is held, and the share of its energy that merges have kept.
 
     The sum is exact up to a stacked rank of twice :func:`guard_rank`; beyond it what merges drop is estimated.
 
@@ -28,11 +28,16 @@ def fold(contributions: Iterable[Contribution], rules: Rules) -> tuple[Layers, d
         for name, (out, in_) in rules.shapes.items()
     }
     for each in contributions:
-        for name, factors in each.layers.items():
-            sums[name].add(factors, each.weight)
-    layers = {name: total.result(max_rank=2 * guard, energy=1.0)[0] for name, total in sums.items()}
+        _add(sums, each)
+        del each  # before the next is read
+    layers = {name: total.held() for name, total in sums.items()}
     kept = {name: _kept(total) for name, total in sums.items()}
     return layers, kept
+
+
+def _add(sums: Mapping[str, StackAccumulator], contribution: Contribution) -> None:
+    for name, factors in contribution.layers.items():
+        sums[name].add(factors, contribution.weight)
 
 
 def _kept(total: StackAccumulator) -> float:

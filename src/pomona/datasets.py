@@ -157,7 +157,7 @@ def check_labels(dataset: Dataset, labels: Sequence[str]) -> None:
             close = get_close_matches(label, labels, n=1)
             raise DataError(
                 f"{dataset.source}: unknown label {_quote(label)} at example {position} of {len(dataset)}"
-                f"{f' (did you mean {close[0]!r}?)' if close else ''}; known labels: {_listing(labels)}"
+                f"{f' (did you mean {close[0]!r}?)' if close else ''}; known labels: {_listing(labels, most=100)}"
             )
 
 

@@ -163,7 +163,8 @@ class AdaptedModel:
         taken = {name: layer_rank(rank_pattern, name, trainable) * bool(trainable) for name in ranks}
         if rank:
             self._add(_LOCAL, rank, ranks)
-        if (frozen_rank := weights.rank - trainable) > 0:
+        frozen_rank = max((factors.rank - taken[name] for name, factors in weights.layers.items()), default=0)
+        if frozen_rank > 0:
             self._add(_GLOBAL, frozen_rank, {})
         draw = orthonormal_a if initial == "orthonormal" else fresh_a
         for name, layer in self._lora_layers():

@@ -1,12 +1,14 @@
 """All settings of a run. Frozen, closed, and checked before the first byte is sent."""
 
+import difflib
 import math
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -20,8 +22,11 @@ from pydantic import (
 )
 
 from pomona.errors import ConfigError
-from pomona.ranks import layer_rank
+from pomona.ranks import RankPattern, layer_rank
 from pomona.strategies import ADDING, EQUAL_RANK, REDISTRIBUTING, StrategyName
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 RankFactor = Annotated[float, Field(gt=0, le=16)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -30,7 +35,13 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 def _pairs(given: object) -> object:
-    return tuple(sorted(given.items())) if isinstance(given, Mapping) else given
+    return tuple(given.items()) if isinstance(given, Mapping) else given
+
+
+def _distinct(pattern: RankPattern) -> RankPattern:
+    if len(dict(pattern)) < len(pattern):
+        raise ValueError(f"expected distinct names, got {', '.join(name for name, _ in pattern)}")
+    return tuple(sorted(pattern))
 
 
 class _Section(BaseModel):
@@ -145,7 +156,7 @@ class TrainingSettings(_Section):
     alpha: PositiveFloat | None = None
     alpha_per_rank: PositiveFloat = 2.0
     rslora: bool = False
-    rank_pattern: Annotated[tuple[tuple[str, RankFactor], ...], BeforeValidator(_pairs)] = ()
+    rank_pattern: Annotated[tuple[tuple[str, RankFactor], ...], BeforeValidator(_pairs), AfterValidator(_distinct)] = ()
 
     def layer_rank(self, module: str, rank: int) -> int:
         """Return the rank of one layer on a client of this rank."""
@@ -376,8 +387,31 @@ def load_settings(path: Path) -> RunSettings:
 
 
 def _explain(error: ValidationError) -> str:
-    return "; ".join(
-        f"{'.'.join(map(str, item['loc'])) or 'run'}: {item['msg'].removeprefix('Value error, ')}"
-        + ("" if item["type"] in {"extra_forbidden", "missing", "value_error"} else f", got {item['input']!r}")
-        for item in error.errors(include_url=False)
-    )
+    return "; ".join(_explain_one(item) for item in error.errors(include_url=False))
+
+
+def _explain_one(item: "ErrorDetails") -> str:
+    where = ".".join(map(str, item["loc"])) or "run"
+    if item["type"] == "extra_forbidden":
+        return f"{where}: unknown; {_hint(str(item['loc'][-1]), item['loc'][:-1])}"
+    silent = item["type"] in {"missing", "value_error"}
+    return f"{where}: {item['msg'].removeprefix('Value error, ')}" + ("" if silent else f", got {item['input']!r}")
+
+
+def _hint(key: str, path: tuple[int | str, ...]) -> str:
+    for section in RunSettings.model_fields:
+        if key in _keys((section,)):
+            return f"it belongs in [{section}]"
+    known = _keys(path)
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
+
+
+def _keys(path: tuple[int | str, ...]) -> list[str]:
+    """Return the keys of the section at a path, none where that is no section."""
+    section: type[BaseModel] | None = RunSettings
+    for part in path:
+        field = section.model_fields.get(str(part)) if section else None
+        inside = [field.annotation, *get_args(field.annotation)] if field else []
+        section = next((each for each in inside if isinstance(each, type) and issubclass(each, BaseModel)), None)
+    return list(section.model_fields) if section else []

@@ -1,16 +1,17 @@
 """Heads and weights: means that are exact where they can be."""
 
 import math
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from pomona.aggregation.heads import average_heads
+from pomona.aggregation.heads import HeadMean, average_heads
 from pomona.aggregation.weights import example_weights
 
 
@@ -81,6 +82,50 @@ def test_heads_that_have_no_mean_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=reason):
         average_heads(updates, weights=weights)
+
+
+def fed(updates: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
+    mean = HeadMean()
+    for update, weight in zip(updates, weights, strict=True):
+        mean.add(update, weight)
+    return mean.result()
+
+
+@given(
+    held=st.lists(st.sets(st.sampled_from("wbc")), min_size=1, max_size=8),
+    weights=st.lists(st.floats(0.01, 1.0), min_size=8, max_size=8),
+    seed=st.integers(0, 2**31),
+)
+@settings(deadline=None)
+def test_heads_fed_one_by_one_have_the_mean_of_all_in_any_order(
+    held: list[set[str]], weights: list[float], seed: int
+) -> None:
+    """The oracle forms each mean at once, in float64."""
+    updates = [{name: randn(2, 3, seed=seed + 10 * k + ord(name)) for name in names} for k, names in enumerate(held)]
+    pairs = list(zip(updates, weights, strict=False))
+    found = fed(updates, weights[: len(updates)])
+    turned = fed(updates[::-1], weights[: len(updates)][::-1])
+    assert list(found) == sorted(set().union(*held)) == list(turned)
+    for name, mean in found.items():
+        holders = [(update[name].double(), weight) for update, weight in pairs if name in update]
+        heads, shares = torch.stack([head for head, _ in holders]), torch.tensor([w for _, w in holders]).double()
+        expected = (shares[:, None, None] * heads).sum(0) / shares.sum()
+        assert mean.dtype == torch.float32
+        assert_close(mean.double(), expected, rtol=1e-6, atol=1e-7)
+        assert_close(turned[name], mean, rtol=1e-6, atol=1e-7)
+    together = average_heads(updates, weights=weights[: len(updates)])
+    assert all(torch.equal(together[name], mean) for name, mean in found.items())
+
+
+def test_heads_that_are_fed_are_copied() -> None:
+    """Clients whose updates were let go would be held by their heads, or a later one would change an earlier mean."""
+    head, mean = torch.ones(2), HeadMean()
+    mean.add({"w": head}, 1.0)
+    first = mean.result()["w"]
+    head.zero_()
+    mean.add({"w": torch.full((2,), 3.0)}, 1.0)
+    assert torch.equal(first, torch.ones(2))
+    assert torch.equal(mean.result()["w"], torch.full((2,), 2.0))
 
 
 @given(st.lists(st.integers(1, 10**400), min_size=1, max_size=6))

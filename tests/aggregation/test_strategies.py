@@ -101,8 +101,8 @@ def effective(strategy: Strategy, before: State, part: Contribution, rank: int, 
     for name, factors in part.layers.items():
         whole = [LoraFactors(a=factors.a.double(), b=factors.b.double() * factors.scale)]
         if (given_ := assignment.layers.get(name)) is not None:
-            a, b = given_.a[assignment.trainable :].double(), given_.b[:, assignment.trainable :].double()
-            whole.append(LoraFactors(a=a, b=b))
+            at = rule.layer_rank(name, assignment.trainable) if assignment.trainable else 0
+            whole.append(LoraFactors(a=given_.a[at:].double(), b=given_.b[:, at:].double()))
         found[name] = LoraFactors(
             a=torch.cat([each.a for each in whole]), b=torch.cat([each.b for each in whole], dim=1)
         )
@@ -129,18 +129,32 @@ def test_an_exact_strategy_gives_the_mean_of_the_clients_models(name: StrategyNa
 @given(
     ranks=st.lists(st.integers(1, 9), min_size=1, max_size=5),
     alpha=st.sampled_from([0.5, 1.0, 2.0, 3.0]),
+    fixed=st.sampled_from([None, 8.0]),
     rslora=st.booleans(),
+    pattern=st.dictionaries(st.sampled_from(sorted(SHAPES)), st.sampled_from([0.2, 0.5, 1.5, 2.0])),
     seed=st.integers(0, 2**32),
     warm=st.booleans(),
 )
 @settings(max_examples=25, deadline=None)
-@pytest.mark.parametrize("name", [name for name in EXACT if FACTS[name].heterogeneous_ranks])
+@pytest.mark.parametrize("name", EXACT)
 def test_exactness_holds_for_any_ranks_and_scales(
-    name: StrategyName, ranks: list[int], alpha: float, rslora: bool, seed: int, warm: bool
+    name: StrategyName,
+    ranks: list[int],
+    alpha: float,
+    fixed: float | None,
+    rslora: bool,
+    pattern: dict[str, float],
+    seed: int,
+    warm: bool,
 ) -> None:
-    training = TrainingSettings(alpha_per_rank=alpha, rslora=rslora)
+    training = TrainingSettings(
+        alpha_per_rank=alpha, alpha=fixed, rslora=rslora, rank_pattern=tuple(sorted(pattern.items()))
+    )
     rule = rules(max_rank=24, training=training, seed=seed, warm_start=warm)
+    ranks = ranks_of(name, ranks, rule)
     before, parts, after = run(name, ranks, rule, rounds=2)
+    for layer, factor in pattern.items():
+        assert [part.layers[layer].rank for part in parts] == [max(1, round(factor * rank)) for rank in ranks]
     for layer, result in dense(after).items():
         expected = torch.zeros_like(result)
         for part, rank in zip(parts, ranks, strict=True):
@@ -241,6 +255,18 @@ def test_unequal_ranks_are_refused_where_they_make_no_sense(name: StrategyName) 
     parts = trained(BY_NAME["flora"], {}, (2, 3), rule, number=1, train=moved)
     with pytest.raises(ValueError, match=r"one rank, got ranks \[2, 3\]"):
         BY_NAME[name].aggregate({}, parts, round_number=1, rules=rule)
+
+
+@pytest.mark.parametrize("name", sorted(EQUAL_RANK))
+def test_equal_ranks_may_differ_between_layers(name: StrategyName) -> None:
+    """A pattern is no inequality of clients."""
+    training = TrainingSettings(rank_pattern=(("dense", 0.5), ("query", 2.0)))
+    _, _, after = run(name, (4, 4, 4), rules(training=training), rounds=2)
+    parts = trained(BY_NAME[name], after, (4, 4), rules(training=training), number=3, train=moved)
+    assert {layer: factors.rank for layer, factors in parts[0].layers.items()} == {"query": 8, "dense": 2}
+    other = trained(BY_NAME[name], after, (4,), rules(), number=3, train=moved)
+    with pytest.raises(ValueError, match=r"one rank, got ranks \[(4, 8|2, 4)\]"):
+        BY_NAME[name].aggregate(after, [*parts, *other], round_number=3, rules=rules(training=training))
 
 
 @pytest.mark.parametrize("name", NAMES)

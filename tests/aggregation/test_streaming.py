@@ -590,3 +590,23 @@ def test_the_accumulator_names_what_is_wrong() -> None:
     for max_rank, energy in ((0, 1.0), (1, 0.0), (1, 1.1)):
         with pytest.raises(ValueError, match="expected"):
             total.result(max_rank=max_rank, energy=energy)
+
+
+@pytest.mark.parametrize("size", [(OUT, IN), (6, 5), (5, 6)])
+def test_what_is_held_is_the_sum_without_decomposing_it(size: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    updates = [
+        LoraFactors(
+            a=torch.randn(2, size[1], generator=generator), b=torch.randn(size[0], 2, generator=generator), scale=0.5
+        )
+        for _ in range(9)
+    ]
+    total = StackAccumulator(*size, guard_rank=4, dtype=torch.float64)
+    assert not total.held().delta().any()
+    for count, update in enumerate(updates, start=1):
+        total.add(update, count)
+        factors, _ = total.result(max_rank=99, energy=1.0)
+        torch.testing.assert_close(total.held().delta(), factors.delta(), rtol=1e-9, atol=1e-9)
+    before = total.held()
+    before.b.zero_()
+    assert total.held().delta().any()

@@ -150,6 +150,27 @@ def test_one_layer_of_another_rank() -> None:
     assert reason_for(with_layer("encoder.0.value", odd)) == "layer 'encoder.0.value' has rank 1, the update says 2"
 
 
+def test_layers_have_the_ranks_of_the_pattern() -> None:
+    """A client could train more than it was asked, or less, and say that it did not."""
+    expected = dataclasses.replace(EXPECTED, rank_pattern=(("value", 0.5), ("query", 2.0)))
+    weights = make_weights(rank=4)
+    value = weights.layers["encoder.0.value"]
+    layers = {**weights.layers, "encoder.0.value": LoraFactors(a=value.a[:1], b=value.b[:, :1].contiguous())}
+    asked = make_update(weights=dataclasses.replace(weights, layers=layers))
+    verify_update(asked, enrolment=ENROLMENT, expected=expected)
+    assert reason_for(asked) == "layer 'encoder.0.query' has rank 4, the update says 2"
+    assert reason_for(make_update(), expected=expected) == "layer 'encoder.0.query' has rank 2, the update says 4"
+    wide = make_update(weights=weights)
+    assert reason_for(wide, expected=expected) == "layer 'encoder.0.value' has rank 4, the update says 1"
+
+
+def test_a_pattern_raises_no_limit_on_the_rank_of_a_client() -> None:
+    expected = dataclasses.replace(EXPECTED, rank_pattern=(("query", 0.5), ("value", 0.5)))
+    large = dataclasses.replace(ENROLMENT, rank=9)
+    update = make_update(rank=9, weights=make_weights(rank=4))
+    assert reason_for(update, enrolment=large, expected=expected) == "rank 9 is above max_rank=8"
+
+
 def test_factors_that_are_scaled_already() -> None:
     scaled = LoraFactors(a=torch.ones(2, 4), b=torch.ones(3, 2), scale=4.0)
     assert "should have unscaled factors, got scale 4.0" in reason_for(with_layer("encoder.0.value", scaled))

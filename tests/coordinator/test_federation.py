@@ -8,6 +8,7 @@ import pickle
 import re
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 from torch.testing import assert_close
 
-from pomona.adapters import AdapterWeights, LoraFactors
+from pomona.adapters import AdapterUpdate, AdapterWeights, LoraFactors
 from pomona.aggregation.verify import Enrolment
 from pomona.client.trainer import Profile, Trainer
 from pomona.coordinator import federation, replies
@@ -30,7 +31,7 @@ from pomona.coordinator.enrolment import Roster
 from pomona.coordinator.federation import run_federation
 from pomona.coordinator.strategy import LoraStrategy
 from pomona.datasets import load_dataset
-from pomona.errors import AdapterNotFound, BlobWriteError, NotEnoughClients
+from pomona.errors import AdapterNotFound, BlobCorrupt, BlobWriteError, ConfigError, NotEnoughClients
 from pomona.lora_model import AdaptedModel
 from pomona.messages import pack, unpack
 from pomona.payload import read_header
@@ -40,7 +41,7 @@ from pomona.settings import RunSettings
 from pomona.storage.records import Submission
 from pomona.storage.registry import Registry, open_registry
 from pomona.strategies import BY_NAME as FACTS
-from pomona.wire import decode_update, decode_weights, encode_update, encode_weights
+from pomona.wire import Factor, decode_update, decode_weights, encode_update, encode_weights
 
 LABELS = ("animal", "food", "tool", "weather")
 RUN = "run-1"
@@ -290,7 +291,7 @@ class _Heard:
         total = self.trained[name].delta().double()
         if name in self.given:
             frozen = self.given[name]
-            at = self.request.trainable
+            at = self.request.training.layer_rank(name, self.request.trainable) if self.request.trainable else 0
             total = total + frozen.b[:, at:].double() @ frozen.a[at:].double()
         return total
 
@@ -298,11 +299,12 @@ class _Heard:
 def _heard(request: str, payload: bytes, answer: Answer, shapes: Mapping[str, tuple[int, int]]) -> _Heard:
     asked = TrainRequest.model_validate_json(request)
     draw = orthonormal_a if asked.initial == "orthonormal" else fresh_a
-    drawn = {name: draw(name, asked.rank, in_, seed=asked.adapter_seed) for name, (_, in_) in shapes.items()}
+    ranks = {name: asked.training.layer_rank(name, asked.rank) for name in shapes}
+    drawn = {name: draw(name, ranks[name], in_, seed=asked.adapter_seed) for name, (_, in_) in shapes.items()}
     given = decode_weights(payload, known=drawn, known_factor="a" if asked.draws_a else None)[0].layers
     scale = asked.training.alpha_per_rank
-    start_a = drawn | ({name: given[name].a[: asked.rank] for name in given} if asked.trainable else {})
-    start_b = {name: given[name].b[:, : asked.rank] / scale for name in given}
+    start_a = drawn | ({name: given[name].a[: ranks[name]] for name in given} if asked.trainable else {})
+    start_b = {name: given[name].b[:, : ranks[name]] / scale for name in given}
     if asked.trains == "both":
         update = decode_update(answer[2])
     elif asked.trains == "b":
@@ -347,6 +349,147 @@ def test_every_strategy_trains_over_the_wire(
     halves = {"ffa": ("lora_B", "lora_B"), "ffa-nested": ("lora_B", "lora_B"), "rolora": ("lora_B", "lora_A")}
     for number in (1, 2):
         assert sent[number] == ({halves[name][number - 1]} if name in halves else {"lora_A", "lora_B"})
+
+
+HALVED = {"query": 0.5, "output.dense": 2.0}
+
+
+def _rank_by_hand(layer: str, rank: int) -> int:
+    return rank // 2 if layer.endswith(".query") else 2 * rank if layer.endswith(".output.dense") else rank
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("flora-bounded", {}),
+        ("flora-bounded", {"warm_start": True}),
+        ("ffa-nested", {}),
+        ("ffa", {"rank": 4}),
+        ("rolora", {"rank": 4}),
+        ("fedex", {"rank": 4}),
+        ("hetlora", {}),
+        ("flexlora", {}),
+    ],
+)
+def test_layers_train_the_ranks_of_the_pattern_over_the_wire(
+    name: str,
+    options: dict[str, object],
+    registry: Registry,
+    make_settings: MakeSettings,
+    make_profile: MakeProfile,
+    tiny_bert: Path,
+) -> None:
+    """Both ends work the ranks out for themselves; where they differ, every update is refused or means another."""
+    shapes = AdaptedModel(tiny_bert, task="classification", labels=LABELS).manifest.layers
+    told: dict[int, list[tuple[str, Answer]]] = {}
+
+    def listen(request: str, answer: Answer) -> Reply:
+        told.setdefault(json.loads(request)["round_number"], []).append((request, answer))
+        return answer
+
+    ranks = (4, 4) if "rank" in options else (2, 4)
+    nodes = [Node(make_profile(i, count=2, rank=rank), trains=listen) for i, rank in enumerate(ranks)]
+    training = {"max_steps": 2, "alpha_per_rank": 3.0, "rank_pattern": HALVED}
+    limits = {"strategy": name, "max_rank": 32, **options}
+    settings = make_settings(rounds=3, aggregation=limits, training=training)
+    versions = run_federation(InProcessGrid(nodes), settings, registry, run_id=RUN)
+    for number, version in enumerate(versions, start=1):
+        assert {each.status for each in by_client(registry, number).values()} == {"accepted"}
+        for rank, (_, answer) in zip(ranks, told[number], strict=True):
+            sent = {key.split(".", 1)[1]: t for key, t in load(answer[2]).items() if key.startswith("lora_B.")}
+            assert all(t.shape[1] == _rank_by_hand(layer, rank) for layer, t in sent.items())
+            assert not sent or sent.keys() == shapes.keys()
+        heard = [
+            _heard(request, node.asked[number - 1][1], answer, shapes)
+            for node, (request, answer) in zip(nodes, told[number], strict=True)
+        ]
+        published = weights_of(registry, version.ref).layers
+        for layer in shapes:
+            mean = torch.stack([each.effective(layer) for each in heard]).mean(0)
+            error = float((published[layer].delta().double() - mean).norm() / mean.norm())
+            assert not FACTS[name].exact or error < 1e-4, (layer, error)  # type: ignore[index]
+
+
+def test_large_layers_of_a_pattern_are_not_too_many_bytes(
+    registry: Registry, make_settings: MakeSettings, make_profile: MakeProfile
+) -> None:
+    """The limit on a payload is that of the ranks that were asked."""
+    large = {"rank_pattern": dict.fromkeys(("query", "key", "value", "dense"), 16.0)}
+    settings = make_settings(aggregation={"max_rank": 128}, training=large)
+    run_federation(InProcessGrid([Node(make_profile(rank=128))]), settings, registry, run_id=RUN)
+    (sent,) = registry.submissions(RUN)
+    assert (sent.status, sent.reason) == ("accepted", "")
+    assert len(registry.blobs.get(sent.sha256)) > 3 << 20
+
+
+def test_a_pattern_that_names_no_layer_ends_the_run_before_it_asks_anybody(
+    registry: Registry, make_settings: MakeSettings, make_profile: MakeProfile
+) -> None:
+    node = Node(make_profile())
+    settings = make_settings(training={"rank_pattern": {"qurey": 0.5}})
+    with pytest.raises(ConfigError, match=r"training.rank_pattern names 'qurey', which no adapted layer ends with; .*"):
+        run_federation(InProcessGrid([node]), settings, registry, run_id=RUN)
+    assert (registry.run(RUN).state, node.invited) == ("failed", 0)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_with_a_fixed_alpha_each_client_has_the_scale_of_its_rank(
+    registry: Registry, make_settings: MakeSettings, make_profile: MakeProfile, *, rslora: bool
+) -> None:
+    """One scale for all, or that of another rank, would weigh clients by it."""
+    ranks = (2, 4, 8)
+    nodes = [Node(make_profile(i, count=i + 3, rank=rank)) for i, rank in enumerate(ranks)]
+    training = {"alpha": 8.0, "rslora": rslora, "max_steps": 2}
+    run_federation(InProcessGrid(nodes), make_settings(rounds=2, training=training), registry, run_id=RUN)
+    for number in (1, 2):
+        sent = by_client(registry, number)
+        assert {each.status for each in sent.values()} == {"accepted"}
+        updates = [decode_update(registry.blobs.get(sent[f"client-{i}"].sha256)) for i in range(3)]
+        total = sum(update.num_examples for update in updates)
+        published = weights_of(registry, f"toy/{number}").layers
+        before = weights_of(registry, "toy/1").layers if number == 2 else {}
+        for name, factors in published.items():
+            expected = torch.zeros_like(factors.delta(), dtype=torch.float64)
+            for update, rank in zip(updates, ranks, strict=True):
+                trained, scale = update.weights.layers[name], 8.0 / (math.sqrt(rank) if rslora else rank)
+                expected += update.num_examples / total * scale * trained.b.double() @ trained.a.double()
+            if name in before:
+                expected += before[name].delta().double()
+            assert_close(factors.delta().double(), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("pattern", [{}, HALVED], ids=["equal", "pattern"])
+def test_a_client_whose_tail_shrank_goes_on_with_less(
+    registry: Registry, make_settings: MakeSettings, make_profile: MakeProfile, pattern: dict[str, float]
+) -> None:
+    """In the first round B is zero, the second makes the tail smaller, and from the third on the rank is."""
+    sizes: list[int] = []
+
+    def weigh(_request: str, answer: Answer) -> Reply:
+        sizes.append(len(answer[2]))
+        return answer
+
+    nodes = [Node(make_profile(0, count=2, rank=8), trains=weigh), Node(make_profile(1, count=2, rank=1))]
+    limits = {"strategy": "hetlora", "self_pruning": {"penalty": 10.0, "decay": 0.5}}
+    settings = make_settings(rounds=5, aggregation=limits, training={"max_steps": 3, "rank_pattern": pattern})
+    run_federation(InProcessGrid(nodes), settings, registry, run_id=RUN)
+    asked = [[request.rank for request, _ in node.asked] for node in nodes]
+    assert asked[0] == [8, 8, 4, 2, 1]
+    assert asked[1] == [1] * 5
+    assert sizes[1] > sizes[2] > sizes[3] > sizes[4]
+    given = [len(payload) for _, payload in nodes[0].asked]
+    assert given[1] > given[2] > given[3] > given[4]
+    for number in range(1, 6):
+        assert {each.status for each in by_client(registry, number).values()} == {"accepted"}
+
+
+def test_without_self_pruning_no_rank_shrinks(
+    registry: Registry, make_settings: MakeSettings, make_profile: MakeProfile
+) -> None:
+    node = Node(make_profile(rank=8))
+    settings = make_settings(rounds=4, aggregation={"strategy": "hetlora"}, training={"max_steps": 3})
+    run_federation(InProcessGrid([node]), settings, registry, run_id=RUN)
+    assert [(request.rank, request.tail_penalty) for request, _ in node.asked] == [(8, 0.0)] * 4
 
 
 def test_ranks_follow_the_schedule(registry: Registry, make_settings: MakeSettings, make_profile: MakeProfile) -> None:
@@ -443,17 +586,112 @@ def test_momentum_carries_over_between_rounds(
         assert_close(carried[1][name].delta(), plain[1][name].delta() + 0.5 * first, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["flora-bounded", "ffa-nested", "hetlora"])
 def test_the_order_in_which_replies_land_does_not_matter(
-    tmp_path: Path, make_settings: MakeSettings, make_profile: MakeProfile
+    tmp_path: Path, make_settings: MakeSettings, make_profile: MakeProfile, name: str
 ) -> None:
     """The fastest client would decide about the last bits, and no run could be reproduced."""
     payloads = []
+    settings = make_settings(rounds=2, aggregation={"strategy": name})
     for number, order in enumerate((lambda r: r, lambda r: r[::-1], lambda r: r[1:] + r[:1])):
         nodes = [Node(make_profile(i, count=3, rank=rank)) for i, rank in enumerate((2, 4, 3))]
         with open_registry(tmp_path / str(number)) as registry:
-            versions = run_federation(InProcessGrid(nodes, order=order), make_settings(rounds=2), registry, run_id=RUN)
+            versions = run_federation(InProcessGrid(nodes, order=order), settings, registry, run_id=RUN)
             payloads.append([(registry.payload(version.ref), version.metrics) for version in versions])
     assert payloads[0] == payloads[1] == payloads[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "alive"),
+    [
+        ("flora-bounded", [0, 0, 0, 0]),
+        ("ffa-nested", [0, 0, 0, 0]),
+        ("hetlora", [0, 1, 2, 3]),
+    ],
+)
+def test_a_coordinator_holds_no_update_while_it_reads_the_next(
+    registry: Registry,
+    make_settings: MakeSettings,
+    make_profile: MakeProfile,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    alive: list[int],
+) -> None:
+    """A thousand clients would not fit in memory; strategies that average factors need them all when a round closes."""
+    seen: list[weakref.ref[Tensor]] = []
+    found: list[int] = []
+
+    def counted(payload: bytes, *, known: Tensors, known_factor: Factor | None) -> AdapterUpdate:
+        found.append(sum(ref() is not None for ref in seen))
+        update = decode_update(payload, known=known, known_factor=known_factor)
+        seen.append(weakref.ref(update.weights.layers[POOLER].b))
+        return update
+
+    monkeypatch.setattr("pomona.coordinator.strategy.decode_update", counted)
+    nodes = [Node(make_profile(i, count=4, rank=2)) for i in range(4)]
+    settings = make_settings(rounds=2, aggregation={"strategy": name})
+    run_federation(InProcessGrid(nodes), settings, registry, run_id=RUN)
+    assert found == 2 * [0, 0, 0, 0, *alive]
+
+
+@pytest.mark.parametrize("how", ["changed", "gone"])
+@pytest.mark.parametrize("name", ["flora-bounded", "hetlora"])
+def test_an_update_that_changes_on_disk_before_the_round_closes_ends_the_run(
+    registry: Registry,
+    make_settings: MakeSettings,
+    make_profile: MakeProfile,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    how: str,
+) -> None:
+    """It was verified when it came; what is read later must be the same bytes."""
+    close = LoraStrategy.close
+
+    def spoil_and_close(strategy: LoraStrategy) -> object:
+        blob = registry.blobs.path(by_client(registry, 1)["client-1"].sha256)
+        blob.unlink()
+        if how == "changed":
+            blob.write_bytes(registry.blobs.get(by_client(registry, 1)["client-0"].sha256))
+        return close(strategy)
+
+    monkeypatch.setattr(LoraStrategy, "close", spoil_and_close)
+    nodes = [Node(make_profile(i, count=2, rank=2)) for i in range(2)]
+    with pytest.raises(BlobCorrupt, match="restore it from a backup"):
+        run_federation(InProcessGrid(nodes), make_settings(aggregation={"strategy": name}), registry, run_id=RUN)
+    run = registry.run(RUN)
+    assert (run.state, run.reason[:11]) == ("failed", "BlobCorrupt")
+    assert registry.rounds(RUN)[0].state == "failed"
+    assert registry.versions("toy") == []
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_what_truncation_lost_is_published_with_the_version(
+    registry: Registry,
+    make_settings: MakeSettings,
+    make_profile: MakeProfile,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    merged: bool,
+) -> None:
+    """The share of the dense sum; exact where the stack fits, estimated where merges dropped a part of it before."""
+    if merged:  # the layers are so small that they would be summed densely
+        monkeypatch.setattr("pomona.aggregation.strategies.folding.guard_rank", lambda max_rank: max_rank + 1)
+    nodes = [Node(make_profile(i, count=6, rank=2)) for i in range(6)]
+    training = {"learning_rate": 0.1, "max_steps": 4, "batch_size": 4}
+    settings = make_settings(aggregation={"max_rank": 2}, training=training, simulation={"ranks": (2,)})
+    (version,) = run_federation(InProcessGrid(nodes), settings, registry, run_id=RUN)
+    updates = [decode_update(registry.blobs.get(each.sha256)).weights for each in registry.submissions(RUN, 1)]
+    retained = []
+    for name, factors in weights_of(registry, "toy/1").layers.items():
+        total = sum(2.0 / 6 * each.layers[name].b.double() @ each.layers[name].a.double() for each in updates)
+        assert isinstance(total, Tensor)
+        retained.append(1.0 - float((total - factors.delta().double()).norm() / total.norm()) ** 2)
+        best = torch.linalg.svdvals(total).square()
+        assert retained[-1] == pytest.approx(float(best[:2].sum() / best.sum()), abs=0.02 if merged else 1e-5)
+    assert (version.exactness, len(updates)) == ("truncated", 6)
+    assert version.retained_energy == pytest.approx(min(retained), abs=0.03 if merged else 1e-5)
+    assert version.metrics["retained_energy_mean"] == pytest.approx(sum(retained) / len(retained), abs=0.02)
+    assert version.retained_energy < 0.97
 
 
 def test_flowers_own_loop_gets_the_same_aggregate(

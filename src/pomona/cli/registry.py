@@ -51,7 +51,7 @@ def list_adapters(*, home: Home = None, as_json: Json = False) -> None:
             print_json([_adapter_facts(item) for item in found])
         else:
             columns = ("adapter", "versions", "newest", "rank", "metrics", "aliases", "updated")
-            print_table(columns, map(_adapter_row, found), title=f"{len(found)} adapters")
+            print_table(columns, map(_adapter_row, found), title=_counted(len(found), "adapter"))
 
 
 @app.command()
@@ -65,7 +65,7 @@ def show(ref: Ref, *, home: Home = None, as_json: Json = False) -> None:
             return
         print_table(("", ""), _version_details(version), title=version.ref)
         columns = ("client", "rank", "examples", "weight", "sha256", "status", "reason")
-        print_table(columns, map(_submission_row, sent), title=f"{len(sent)} submissions")
+        print_table(columns, map(_submission_row, sent), title=_counted(len(sent), "submission"))
         if any(item.spectrum for item in sent):
             changed = (
                 "client",
@@ -344,6 +344,10 @@ def _run_row(registry: "Registry", run: "Run") -> Sequence[object]:
         run.finished_at,
         run.reason,
     )
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _pairs(values: Mapping[str, object]) -> str:
