@@ -10,13 +10,15 @@ rank is bounded by ``min(out, in)``, where an exact factorisation takes its plac
 
 State: the first ``rank`` components of a layer are the averaged factors, the rest is the residual.
 
-Cost: ``O((out + in) R^2)`` per layer; up ``r (out + in)`` numbers, down the residual besides, of rank up to ``K r`` a
-round. The published code averages without weights; this one uses ``p_k``.
+Cost: ``O((out + in) R^2)`` per layer; up ``r (out + in)`` numbers, down the residual besides, of rank up to
+``(K - 1) r`` a round, as ``E = sum_k p_k s (B_k - B') (A_k - A')``. The published code averages without weights; this
+one uses ``p_k``.
 Known flaw: download grows with clients and rounds; equal ranks only.
 
 Reference: Singhal et al., FedEx-LoRA, ACL 2025, eq. 4 to 6 (https://arxiv.org/abs/2410.09432).
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -33,7 +35,10 @@ from pomona.aggregation.strategies.contract import (
     trailing,
 )
 from pomona.aggregation.strategies.fedit import check_equal_ranks
+from pomona.aggregation.verify import update_norm
 from pomona.seeds import seed_of
+
+_ROUNDING = 16 * torch.finfo(torch.float32).eps
 
 
 def assign(state: Layers, *, rank: int, round_number: int, rules: Rules) -> Assignment:
@@ -73,4 +78,7 @@ def _residual(
         blocks.append((trailing(current, mean.rank), 1.0))
     wide = [LoraFactors(a=f.a.double(), b=f.b.double(), scale=f.scale) for f, _ in blocks]
     exact, _ = recompress(stack(wide, weights=[weight for _, weight in blocks]), rank=limit)
-    return folded(exact.a, exact.b)
+    sizes = exact.a.norm(dim=1) * exact.b.norm(dim=0)  # the singular values
+    whole = math.fsum(abs(weight) * update_norm({name: factors}, {}) for factors, weight in blocks)
+    kept = int((sizes > _ROUNDING * whole).sum())  # what is left is the rounding of the mean, which has full rank
+    return folded(exact.a[:kept], exact.b[:, :kept])

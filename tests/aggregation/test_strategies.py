@@ -418,3 +418,24 @@ def test_flora_is_never_truncated() -> None:
 
 def test_the_facts_name_every_strategy_once() -> None:
     assert sorted(FACTS) == NAMES
+
+
+@pytest.mark.parametrize(("clients", "rank"), [(2, 4), (4, 2), (5, 1)])
+def test_the_residual_of_fedex_is_no_larger_than_it_must_be(clients: int, rank: int) -> None:
+    """The mean is rounded to float32, and the rounding, of full rank, would travel to every client."""
+    generator = torch.Generator().manual_seed(clients)
+    shape = {"q": (40, 30)}
+    shared = torch.randn(rank, 30, generator=generator)
+
+    def published(a_of: Callable[[], Tensor]) -> int:
+        parts = [
+            Contribution(
+                layers={"q": LoraFactors(a=a_of(), b=torch.randn(40, rank, generator=generator))}, weight=1 / clients
+            )
+            for _ in range(clients)
+        ]
+        layers, _ = BY_NAME["fedex"].aggregate({}, parts, round_number=1, rules=Rules(shapes=shape, rank=rank))
+        return layers["q"].rank
+
+    assert published(lambda: torch.randn(rank, 30, generator=generator)) == rank + (clients - 1) * rank
+    assert published(shared.clone) == rank
