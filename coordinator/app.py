@@ -12,10 +12,12 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run one federation with the settings that ``pomona run`` sent."""
     from pomona.coordinator.federation import run_federation  # noqa: PLC0415 - imports torch
+    from pomona.coordinator.recovery import only_coordinator  # noqa: PLC0415
     from pomona.settings import RunSettings  # noqa: PLC0415
     from pomona.storage.registry import open_registry  # noqa: PLC0415
 
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
     settings = RunSettings.model_validate_json(str(context.run_config["settings"]))
-    with open_registry() as registry:
-        run_federation(grid, settings, registry, run_id=str(context.run_config["run-id"]))
+    run_id = str(context.run_config["run-id"])
+    with open_registry() as registry, only_coordinator(registry, run_id):
+        run_federation(grid, settings, registry, run_id=run_id)

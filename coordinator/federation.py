@@ -8,7 +8,7 @@ every round to the registry before the next one begins.
 import contextlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message
@@ -19,10 +19,12 @@ from pomona.base_model import find_base_model
 from pomona.batches import Encoded
 from pomona.coordinator.beginning import begin_run, load_held_out
 from pomona.coordinator.enrolment import Introduction, Roster, choose_cohort
+from pomona.coordinator.recovery import committed_rounds, known_members, unfinished_round, waiting_submissions
 from pomona.coordinator.replies import Puller, Reply, collect
 from pomona.coordinator.strategy import Aggregate, LoraStrategy
 from pomona.coordinator.trusted import TrustedTrainer
 from pomona.errors import NotEnoughClients, PayloadError, PomonaError
+from pomona.failpoints import reach
 from pomona.lora_model import AdaptedModel, Scores
 from pomona.messages import pack, unpack
 from pomona.protocol import ENROL, Invitation
@@ -30,7 +32,7 @@ from pomona.settings import RunSettings
 from pomona.storage.records import Exactness, NewVersion, Version
 from pomona.storage.registry import Registry
 from pomona.strategies import BY_NAME as FACTS
-from pomona.wire import encode_weights
+from pomona.wire import decode_weights, encode_weights
 
 _log = logging.getLogger(__name__)
 
@@ -84,22 +86,52 @@ class _Federation:
 
     def run(self) -> list[Version]:
         self._strategy.summary()
-        self._wait_for_clients()
-        scores = self._score(self._strategy.weights)
-        self._registry.set_initial_metrics(self._invitation.run_id, {"accuracy": scores.accuracy, "loss": scores.loss})
-        return [self._round(number) for number in range(1, self._settings.rounds + 1)]
+        published = self._recover()
+        if not published:
+            self._wait_for_clients()
+            scores = self._score(self._strategy.weights)
+            initial = {"accuracy": scores.accuracy, "loss": scores.loss}
+            self._registry.set_initial_metrics(self._invitation.run_id, initial)
+        return [*published, *(self._round(number) for number in range(len(published) + 1, self._settings.rounds + 1))]
+
+    def _recover(self) -> list[Version]:
+        """Take up what an earlier process of this run has published; return it."""
+        run_id = self._invitation.run_id
+        self._roster.members |= known_members(self._registry, run_id, self._settings.training)
+        published = [each.version for each in committed_rounds(self._registry, run_id) if each.version]
+        if published:
+            last = published[-1]
+            weights, _ = decode_weights(self._registry.payload(last.ref))
+            kept = str(last.recipe.get("method_state", ""))
+            self._strategy.recover(last.ref, weights, self._registry.blobs.get(kept) if kept else b"")
+            _log.info("run %s goes on after round %d, from %s", run_id, len(published), last.ref)
+            self._wait_for_enough(set(self._roster.members))
+        return published
+
+    def _cohort(self, number: int) -> list[str]:
+        """Return who is asked in a round: those that were, where it was begun before."""
+        begun = unfinished_round(self._registry, self._invitation.run_id, number)
+        if begun is None:
+            present = self._wait_for_enough()
+            return choose_cohort(present, self._settings.cohort, seed=self._settings.seed, round_number=number)
+        here = {each.client for each in waiting_submissions(self._registry, self._invitation.run_id, number)}
+        self._wait_for_enough(set(begun.cohort) - here)
+        return list(begun.cohort)
 
     def _round(self, number: int) -> Version:
         run_id, strategy = self._invitation.run_id, self._strategy
-        present = self._wait_for_enough()
-        cohort = choose_cohort(present, self._settings.cohort, seed=self._settings.seed, round_number=number)
+        cohort = self._cohort(number)
         self._registry.open_round(run_id, number, parent=strategy.parent or None, cohort=cohort)
+        reach("round-opened")
         try:
             config = ConfigRecord({"cohort": cohort})
             messages = list(strategy.configure_train(number, ArrayRecord(), config, self._grid))
             self._collect(messages, cohort)
+            reach("round-closing")
             aggregate = strategy.close()
+            reach("round-aggregated")
             version = self._publish(number, aggregate)
+            reach("version-published")
         except BaseException as error:
             with contextlib.suppress(PomonaError):
                 self._registry.fail_round(run_id, number, f"{type(error).__name__}: {error}")
@@ -109,10 +141,11 @@ class _Federation:
 
     def _collect(self, messages: Sequence[Message], cohort: Sequence[str]) -> None:
         deadline_s = self._settings.cohort.round_deadline_s
-        waiting = set(cohort)
+        asked = self._strategy.asked
+        waiting = set(cohort) - self._strategy.answered
         for position, reply in collect(self._puller, messages, deadline_s=deadline_s, idle=self._enrol_newcomers):
-            waiting.discard(cohort[position])
-            self._strategy.receive(cohort[position], reply)
+            waiting.discard(asked[position])
+            self._strategy.receive(asked[position], reply)
         for client in sorted(waiting):
             self._strategy.missed(client)
 
@@ -148,6 +181,7 @@ class _Federation:
                     "energy": settings.aggregation.energy,
                     "max_length": settings.model.max_length,
                     "seed": settings.seed,
+                    **self._kept_state(),
                 },
                 metrics={
                     "accuracy": scores.accuracy,
@@ -164,6 +198,11 @@ class _Federation:
                 seconds=aggregate.seconds,
             )
         )
+
+    def _kept_state(self) -> dict[str, str]:
+        """Keep what the aggregation remembers between rounds, and say in the recipe where."""
+        state = self._strategy.method_state
+        return {"method_state": self._registry.blobs.put(state)} if state else {}
 
     def _score(self, weights: AdapterWeights) -> Scores:
         self._model.attach(weights)
@@ -188,14 +227,15 @@ class _Federation:
                 )
             time.sleep(_JOIN_POLL_S)
 
-    def _wait_for_enough(self) -> list[str]:
-        """Return who is connected; where that is fewer than a round needs, wait for them to come back."""
+    def _wait_for_enough(self, wanted: Collection[str] | None = None) -> list[str]:
+        """Return who is connected; where that is fewer than a round needs, or not all wanted, wait for them."""
         cohort = self._settings.cohort
         deadline = time.monotonic() + cohort.join_timeout_s
         while True:
             self._enrol_newcomers()
             present = self._roster.present(self._online())
-            if len(present) >= cohort.min_replies or time.monotonic() > deadline:
+            enough = len(present) >= cohort.min_replies if wanted is None else set(wanted) <= set(present)
+            if enough or time.monotonic() > deadline:
                 return present
             time.sleep(_JOIN_POLL_S)
 

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from pomona import __version__, errors
 from pomona.coordinator.beginning import begin_run
+from pomona.coordinator.recovery import only_coordinator
 from pomona.coordinator.server import Server
-from pomona.errors import PomonaError, ProcessDied, RunFailed
+from pomona.errors import PomonaError, ProcessDied, RunFailed, ServerGone
 from pomona.processes import child_environment, listens
 from pomona.settings import RunSettings
 from pomona.storage.records import Run
@@ -92,6 +93,42 @@ def run_at(server: Server, registry: Registry, settings: RunSettings, *, show: C
     """
     run_id = new_run_id()
     begin_run(registry, settings, run_id=run_id)
+    return _start_and_follow(server, registry, settings, run_id=run_id, show=show)
+
+
+def resume_at(server: Server, registry: Registry, run: Run, *, show: Callable[[Run], None]) -> Run:
+    """Go on with a run that was cut off, from what it has in the registry, and follow it to its end.
+
+    Raises:
+        ProcessError: It is being coordinated right now.
+        PomonaError: As :func:`run_at`.
+    """
+    with only_coordinator(registry, run.id):
+        settings = RunSettings.model_validate_json(run.settings_json)
+        begin_run(registry, settings, run_id=run.id)
+    return _start_and_follow(server, registry, settings, run_id=run.id, show=show)
+
+
+def resume_unfinished(server: Server, registry: Registry) -> list[str]:
+    """Start every run again that was running when its server died; return their ids.
+
+    Raises:
+        ProcessDied: The server did not take one.
+    """
+    cut_off = [run for run in registry.runs() if run.state == "running"]
+    for run in cut_off:
+        folder = private_folder()
+        try:
+            settings = RunSettings.model_validate_json(run.settings_json)
+            submit(server, settings, run_id=run.id, folder=folder)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    return [run.id for run in cut_off]
+
+
+def _start_and_follow(
+    server: Server, registry: Registry, settings: RunSettings, *, run_id: str, show: Callable[[Run], None]
+) -> Run:
     folder = private_folder()
     flower_run = None
     try:
@@ -110,9 +147,14 @@ def run_at(server: Server, registry: Registry, settings: RunSettings, *, show: C
 
 @contextlib.contextmanager
 def recorded(registry: Registry, run_id: str) -> Iterator[None]:
-    """Write down in a run's row the error that ends it here, unless the run has written down its own."""
+    """Write down in a run's row the error that ends it here, unless the run has written down its own.
+
+    Where the server died the run is only cut off: it stays ``running``, for the server to go on with when it is back.
+    """
     try:
         yield
+    except ServerGone:
+        raise
     except BaseException as error:
         with contextlib.suppress(PomonaError):
             if registry.run(run_id).state == "running":
@@ -171,7 +213,10 @@ def watch_flower(server: Server, flower_run: int, *, folder: Path) -> Callable[[
         if time.monotonic() - seen > _LISTENS_POLL_S:
             seen = time.monotonic()
             if not listens(server.control):
-                raise ProcessDied(f"the server on {server.fleet} is gone; what it published is in the registry")
+                raise ServerGone(
+                    f"the server on {server.fleet} is gone; what it published is in the registry, and the run goes on "
+                    "when `pomona server` is started again"
+                )
         if time.monotonic() - asked < _ALIVE_POLL_S:
             return
         asked = time.monotonic()

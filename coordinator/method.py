@@ -3,7 +3,9 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from pomona.adapters import AdapterUpdate, AdapterWeights, LoraFactors
@@ -17,13 +19,17 @@ from pomona.aggregation.strategies.contract import Assignment, Contribution, Rul
 from pomona.aggregation.strategies.hetlora import pruned
 from pomona.aggregation.strategies.start import starting_factors
 from pomona.aggregation.weights import example_weights
-from pomona.errors import ConfigError, NotEnoughClients
+from pomona.errors import ConfigError, NotEnoughClients, PayloadError
 from pomona.manifest import AdapterManifest
 from pomona.ranks import check_pattern
 from pomona.settings import RunSettings
-from pomona.wire import Factor
+from pomona.wire import Factor, decode_weights, encode_weights
 
 _log = logging.getLogger(__name__)
+
+_STATE_FORMAT = "method/1"
+_MOMENTUM = "momentum:"
+_MOMENT = "moment:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +143,40 @@ class Method:
             self_pruning=limits.self_pruning,
         )
         self._pruned_ranks: dict[str, int] = {}
+
+    def state(self) -> bytes:
+        """Return what this remembers between rounds, ``b""`` where that is nothing."""
+        kept = self._optimizer_state
+        if not (kept.momentum.layers or kept.momentum.heads or self._pruned_ranks):
+            return b""
+        heads = {f"{_MOMENTUM}{name}": head for name, head in kept.momentum.heads.items()}
+        heads |= {f"{_MOMENT}{name}": head for name, head in kept.head_moments.items()}
+        facts = {
+            "format": _STATE_FORMAT,
+            "layer_moments": dict(kept.layer_moments),
+            "pruned_ranks": dict(self._pruned_ranks),
+        }
+        return encode_weights(AdapterWeights(layers=kept.momentum.layers, heads=heads), metadata=facts)
+
+    def restore(self, state: bytes) -> None:
+        """Remember what :meth:`state` returned.
+
+        Raises:
+            PayloadError: It is not what that returns.
+        """
+        if not state:
+            return
+        weights, facts = decode_weights(state)
+        try:
+            kept = _StateFacts.model_validate(facts)
+        except ValidationError as error:
+            raise PayloadError(f"the state of the aggregation is malformed: {error}") from error
+        self._pruned_ranks = dict(kept.pruned_ranks)
+        self._optimizer_state = OptimizerState(
+            momentum=AdapterWeights(layers=weights.layers, heads=_with_prefix(weights.heads, _MOMENTUM)),
+            layer_moments=kept.layer_moments,
+            head_moments=_with_prefix(weights.heads, _MOMENT),
+        )
 
     def rank_of(self, client: str, enrolled: int) -> int:
         """Return the rank that a client has now; it may have given some of it up."""
@@ -267,6 +307,18 @@ class Method:
             energy=limits.energy,
         )
         return weights, {name: share * kept.get(name, 1.0) for name, share in energy.items()}
+
+
+class _StateFacts(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    format: Literal["method/1"]
+    layer_moments: dict[str, float]
+    pruned_ranks: dict[str, int]
+
+
+def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _check_orthonormal(settings: RunSettings, manifest: AdapterManifest) -> None:

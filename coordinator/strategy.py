@@ -66,6 +66,7 @@ class _Round:
     bytes_down: int = 0
     bytes_up: int = 0
     accepted: dict[str, Accepted] = field(default_factory=dict)
+    asked: list[str] = field(default_factory=list)
 
 
 class LoraStrategy(Strategy):
@@ -98,12 +99,33 @@ class LoraStrategy(Strategy):
         self._method = Method(settings, manifest)
         self._trusted = trusted
 
+    def recover(self, version: str, weights: AdapterWeights, state: bytes) -> None:
+        """Go on from a published version of this run, with what was seen and remembered until then."""
+        self.parent, self.weights = version, weights
+        self._method.restore(state)
+
+    @property
+    def method_state(self) -> bytes:
+        """What the aggregation remembers between rounds."""
+        return self._method.state()
+
+    @property
+    def answered(self) -> set[str]:
+        """The clients whose update of this round counts."""
+        return set(self._round.accepted)
+
+    @property
+    def asked(self) -> Sequence[str]:
+        """The clients that the messages of this round go to, in their order."""
+        return self._round.asked
+
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Return the round's messages to its cohort; ``config["cohort"]`` has the names.
 
-        The global adapter is this object's, so ``arrays`` is not read.
+        The global adapter is this object's, so ``arrays`` is not read. A client whose update of this round lies in the
+        registry, or that is not connected, gets none.
         """
         del arrays, grid
         cohort = [str(name) for name in config["cohort"]]  # type: ignore[union-attr]
@@ -115,7 +137,9 @@ class LoraStrategy(Strategy):
         }
         self._round.work = {name: by_rank[rank] for name, rank in ranks.items()}
         asked = {rank: self._request(work.assignment, server_round) for rank, work in by_rank.items()}
-        self._round.bytes_down = sum(len(asked[rank][1]) for rank in ranks.values())
+        self._take_up(server_round)
+        self._round.asked = [name for name in cohort if name in self._roster.nodes and name not in self._round.accepted]
+        self._round.bytes_down = sum(len(asked[ranks[name]][1]) for name in self._round.asked)
         return [
             Message(
                 pack("train", *asked[ranks[name]]),
@@ -124,8 +148,22 @@ class LoraStrategy(Strategy):
                 ttl=self._settings.cohort.round_deadline_s + _TTL_MARGIN_S,
                 group_id=str(server_round),
             )
-            for name in cohort
+            for name in self._round.asked
         ]
+
+    def _take_up(self, number: int) -> None:
+        """Count what was acknowledged before this process began."""
+        for each in self._registry.submissions(self._invitation.run_id):
+            if each.status in {"accepted", "quarantined"}:
+                self._seen_nonces.add(each.nonce)
+                self._seen_digests.add(each.sha256)
+            if each.status == "accepted" and each.round_number == number and each.client in self._round.work:
+                self._round.accepted[each.client] = Accepted(
+                    each.client,
+                    each.num_examples or 0,
+                    each.train_loss or 0.0,
+                    partial(self._load, each.client, each.sha256),
+                )
 
     def receive(self, client: str, reply: Reply) -> str:
         """Check and record one answer.

@@ -17,23 +17,29 @@ from pydantic import TypeAdapter, ValidationError
 from sqlalchemy.exc import IntegrityError
 
 from pomona.errors import ConfigError, RegistryUnavailable, VersionConflict
+from pomona.failpoints import reach
 from pomona.settings import AdapterName
-from pomona.storage import lineage, publishing, rounds, schema, versions
+from pomona.storage import consistency, histories, lineage, publishing, references, rounds, schema, search, versions
 from pomona.storage import tables as t
 from pomona.storage.blobs import BlobStore
+from pomona.storage.consistency import Finding
 from pomona.storage.engine import create_engine, reading, sqlite_url, writing
 from pomona.storage.records import (
     AdapterSummary,
+    AliasMove,
     Client,
     LineageNode,
+    MetricHistory,
     NewSubmission,
     NewVersion,
     Round,
     Run,
     RunState,
+    SearchPage,
     Submission,
     Version,
 )
+from pomona.storage.references import Reference
 
 _ATTEMPTS = 20
 _ADAPTER_NAME = TypeAdapter(AdapterName)
@@ -187,8 +193,13 @@ class Registry:
         if known:
             return known
         if new.status == "accepted":
+            reach("submission-received")
             self.blobs.put(new.payload)
-        return self._write(lambda c: rounds.insert_submission(c, new, sha256))
+            reach("submission-blob-written")
+        recorded = self._write(lambda c: rounds.insert_submission(c, new, sha256))
+        if new.status == "accepted":
+            reach("submission-recorded")
+        return recorded
 
     def publish_round(self, new: NewVersion) -> Version:
         """Publish the result of an open round as the next version; when this returns, it is on disk.
@@ -199,6 +210,7 @@ class Registry:
             VersionConflict: The round is closed already.
         """
         sha256 = self.blobs.put(new.payload)
+        reach("version-blob-written")
         return self._write(lambda c: publishing.publish_round(c, new, sha256))
 
     def run(self, run_id: str) -> Run:
@@ -246,6 +258,36 @@ class Registry:
         """Return all versions of an adapter, oldest first."""
         return self._read(lambda c: versions.of_adapter(c, name))
 
+    def search(
+        self, text: str = "", *, order_by: str = "", limit: int = 100, page_token: str | None = None
+    ) -> SearchPage:
+        """Return the versions that satisfy a filter, of all adapters.
+
+        Args:
+            text: Such as ``name LIKE 'legal-%' AND metrics.accuracy > 0.7``; an empty one finds all. The language is in
+                ``docs/registry.md``.
+            order_by: Such as ``metrics.accuracy DESC, created_at``; what it leaves open is the newest first.
+            limit: At most this many, from 1 to 1000.
+            page_token: From the page before, of the same filter and order. Pages do not shift when others publish.
+
+        Raises:
+            ConfigError: The filter, the order, the limit or the token cannot be used; a note shows where.
+        """
+        return self._read(lambda c: search.search(c, text, order_by=order_by, limit=limit, page_token=page_token))
+
+    def alias_history(self, name: str, alias: str) -> list[AliasMove]:
+        """Return every move of an alias, oldest first; AdapterNotFound if there never was one."""
+        return self._read(lambda c: histories.of_alias(c, name, alias))
+
+    def metric_history(self, name: str, metric: str | None = None) -> list[MetricHistory]:
+        """Return how each metric of an adapter, or one of them, went over its versions.
+
+        Raises:
+            AdapterNotFound: There is no such adapter.
+            ConfigError: No version of it has that metric.
+        """
+        return self._read(lambda c: histories.of_metrics(c, name, metric))
+
     def lineage(self, ref: str) -> LineageNode:
         """Return a version with all its ancestors and what clients sent for each."""
         return self._read(lambda c: lineage.trace(c, ref))
@@ -266,6 +308,18 @@ class Registry:
     def set_tag(self, ref: str, key: str, value: str) -> Version:
         """Attach a tag to a version, replacing one of the same key, and return the version."""
         return self._write(lambda c: versions.set_tag(c, ref, key, value))
+
+    def references(self) -> list[Reference]:
+        """Return every fact that needs a blob."""
+        return self._read(references.references)
+
+    def named_blobs(self) -> set[str]:
+        """Return the hashes of all blobs that must stay."""
+        return self._read(references.named_blobs)
+
+    def contradictions(self) -> list[Finding]:
+        """Return what the database holds that contradicts itself or points at nothing."""
+        return self._read(consistency.contradictions)
 
     def _read(self, work: Callable[[sa.Connection], Result]) -> Result:
         with reading(self._engine) as connection:

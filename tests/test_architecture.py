@@ -38,7 +38,7 @@ ROOMS = {
     "storage": _rule("records spine", "torch flwr ray peft transformers"),
 }
 RULES = ROOMS | {
-    "records": _rule("records", "flwr sqlalchemy ray peft", only="pydantic torch"),
+    "records": _rule("records", "flwr sqlalchemy ray peft", only="pydantic pydantic_core torch"),
     "spine": _rule("records spine kernels", "sqlalchemy alembic ray"),
     "cli": _rule("records spine client coordinator storage", "", only="typer rich"),
 }

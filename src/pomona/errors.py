@@ -10,10 +10,13 @@ PomonaError (1)
 │   ├── SchemaTooNew (13)       the registry was written by a newer pomona
 │   ├── BlobWriteError (14)     a blob could not be written (no space, no permission); nothing was published
 │   ├── BlobCorrupt (15)        the bytes of a blob do not have the hash they are filed under
-│   └── RegistryUnavailable (16) the database cannot be reached, read or written
+│   ├── RegistryUnavailable (16) the database cannot be reached, read or written
+│   ├── RegistryDamaged (17)    what the registry holds contradicts itself, or is not all there
+│   └── BackupDamaged (18)      a file is no backup, or is not whole
 ├── ProcessError (20)
 │   ├── PortInUse (21)          another program listens on the port that was asked for
 │   └── ProcessDied (22)        a process that must live has ended
+│       └── ServerGone (23)     the server died under a run, which can go on when it is back
 ├── RunError (30)
 │   ├── NotEnoughClients (31)   fewer clients than the run needs joined, or answered
 │   ├── RunFailed (32)          the coordinator ended the run with an error
@@ -93,6 +96,18 @@ class RegistryUnavailable(RegistryError):
     exit_code = 16
 
 
+class RegistryDamaged(RegistryError):
+    """What the registry holds contradicts itself, or is not all there."""
+
+    exit_code = 17
+
+
+class BackupDamaged(RegistryError):
+    """A file is no backup of a registry, or is not whole."""
+
+    exit_code = 18
+
+
 class ProcessError(PomonaError):
     """A process could not be started or kept."""
 
@@ -109,6 +124,12 @@ class ProcessDied(ProcessError):
     """A process that must live has ended."""
 
     exit_code = 22
+
+
+class ServerGone(ProcessDied):
+    """The server died under a run, which can go on when the server is back."""
+
+    exit_code = 23
 
 
 class RunError(PomonaError):

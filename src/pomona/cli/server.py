@@ -28,6 +28,7 @@ def server(
     with exit_on_error():
         import time  # noqa: PLC0415
 
+        from pomona.coordinator.launch import resume_unfinished  # noqa: PLC0415
         from pomona.coordinator.server import run_server, tls_or_insecure  # noqa: PLC0415
         from pomona.processes import Supervisor, terminated_like_interrupted  # noqa: PLC0415
         from pomona.storage.registry import default_home, open_registry  # noqa: PLC0415
@@ -58,6 +59,9 @@ def server(
                     f"start a run with: pomona run FILE.toml --home {folder}",
                     soft_wrap=True,
                 )
+                with open_registry(folder) as registry:
+                    for run_id in resume_unfinished(running, registry):
+                        console().print(f"going on with run {run_id}, which was cut off", soft_wrap=True)
                 while True:
                     supervisor.check()
                     time.sleep(0.5)

@@ -1,0 +1,80 @@
+"""What a run that was cut off has in the registry, and so need not do again."""
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pomona.aggregation.verify import Enrolment
+from pomona.errors import ConfigError, ProcessError
+from pomona.settings import TrainingSettings
+from pomona.storage.records import Round, Run, Submission
+from pomona.storage.registry import Registry
+
+
+def committed_rounds(registry: Registry, run_id: str) -> list[Round]:
+    """Return the rounds that have published a version, from the first."""
+    return [each for each in registry.rounds(run_id) if each.state == "committed"]
+
+
+def unfinished_round(registry: Registry, run_id: str, number: int) -> Round | None:
+    """Return a round that was begun and has published nothing; its cohort is asked again, and no other."""
+    return next((each for each in registry.rounds(run_id) if each.number == number), None)
+
+
+def waiting_submissions(registry: Registry, run_id: str, number: int) -> list[Submission]:
+    """Return the updates of an unfinished round that were acknowledged; their clients are not asked again."""
+    return [each for each in registry.submissions(run_id, number) if each.status == "accepted"]
+
+
+def known_members(registry: Registry, run_id: str, training: TrainingSettings) -> dict[str, Enrolment]:
+    """Return what clients have enrolled with, by name; they are held to it when they come back."""
+    return {
+        each.name: Enrolment(
+            client=each.name,
+            rank=each.rank,
+            alpha=training.alpha_of(each.rank),
+            rslora=training.rslora,
+            num_examples=each.num_examples,
+        )
+        for each in registry.clients(run_id)
+        if not each.excluded and each.rank and each.num_examples
+    }
+
+
+def resumable_run(registry: Registry, wanted: str) -> Run:
+    """Return the run to go on with.
+
+    Args:
+        registry: Where it is.
+        wanted: Its id, or ``latest`` for the last run that has not finished.
+
+    Raises:
+        AdapterNotFound: There is no such run.
+        ConfigError: It has finished, or none is unfinished.
+    """
+    if wanted != "latest":
+        run = registry.run(wanted)
+        if run.state == "finished":
+            raise ConfigError(f"run {wanted} has finished; start a new one with its run file")
+        return run
+    unfinished = [run for run in registry.runs() if run.state != "finished"]
+    if not unfinished:
+        raise ConfigError("every run has finished, so there is none to resume; `pomona registry runs` lists them")
+    return unfinished[-1]
+
+
+@contextmanager
+def only_coordinator(registry: Registry, run_id: str) -> Iterator[None]:
+    """Hold the lock of a run; two coordinators would ask its clients twice.
+
+    Raises:
+        ProcessError: Another process coordinates it.
+    """
+    folder = registry.blobs.root.parent / "runs"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{run_id}.lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ProcessError(f"run {run_id} is being coordinated by another process; follow that one") from error
+        yield
