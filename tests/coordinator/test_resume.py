@@ -70,10 +70,10 @@ def assert_nothing_is_lost_or_counted_twice(registry: Registry) -> None:
     for each in registry.submissions(RUN):
         if each.status == "accepted":
             assert registry.blobs.get(each.sha256)
-    for each in registry.rounds(RUN):
-        accepted = [s.client for s in registry.submissions(RUN, each.number) if s.status == "accepted"]
+    for round_ in registry.rounds(RUN):
+        accepted = [s.client for s in registry.submissions(RUN, round_.number) if s.status == "accepted"]
         assert len(accepted) == len(set(accepted))
-        assert (each.version is not None) == (each.state == "committed")
+        assert (round_.version is not None) == (round_.state == "committed")
 
 
 @pytest.fixture(scope="module")
