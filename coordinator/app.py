@@ -7,6 +7,8 @@ from flwr.serverapp import Grid, ServerApp
 
 app = ServerApp()
 
+_OLD_COORDINATOR_S = 120.0
+
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
@@ -19,5 +21,5 @@ def main(grid: Grid, context: Context) -> None:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
     settings = RunSettings.model_validate_json(str(context.run_config["settings"]))
     run_id = str(context.run_config["run-id"])
-    with open_registry() as registry, only_coordinator(registry, run_id):
+    with open_registry() as registry, only_coordinator(registry, run_id, wait_s=_OLD_COORDINATOR_S):
         run_federation(grid, settings, registry, run_id=run_id)

@@ -1,14 +1,18 @@
 """What a run that was cut off has in the registry, and so need not do again."""
 
 import fcntl
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TextIO
 
 from pomona.aggregation.verify import Enrolment
 from pomona.errors import ConfigError, ProcessError
 from pomona.settings import TrainingSettings
 from pomona.storage.records import Round, Run, Submission
 from pomona.storage.registry import Registry
+
+_POLL_S = 0.5
 
 
 def committed_rounds(registry: Registry, run_id: str) -> list[Round]:
@@ -64,8 +68,13 @@ def resumable_run(registry: Registry, wanted: str) -> Run:
 
 
 @contextmanager
-def only_coordinator(registry: Registry, run_id: str) -> Iterator[None]:
+def only_coordinator(registry: Registry, run_id: str, *, wait_s: float = 0.0) -> Iterator[None]:
     """Hold the lock of a run; two coordinators would ask its clients twice.
+
+    Args:
+        registry: Where the run is.
+        run_id: The run.
+        wait_s: Wait so long for a coordinator whose server was killed, and which has not noticed yet.
 
     Raises:
         ProcessError: Another process coordinates it.
@@ -73,8 +82,17 @@ def only_coordinator(registry: Registry, run_id: str) -> Iterator[None]:
     folder = registry.blobs.root.parent / "runs"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"{run_id}.lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ProcessError(f"run {run_id} is being coordinated by another process; follow that one") from error
+        deadline = time.monotonic() + wait_s
+        while not _locked(lock):
+            if time.monotonic() >= deadline:
+                raise ProcessError(f"run {run_id} is being coordinated by another process; follow that one")
+            time.sleep(_POLL_S)
         yield
+
+
+def _locked(lock: TextIO) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

@@ -82,6 +82,49 @@ def test_a_run_ends_with_an_error_when_all_clients_die(
     terminal.expect_no_process()
 
 
+def test_a_killed_server_goes_on_where_it_was(
+    terminal: Terminal, tmp_path: Path, tiny_bert: Path, toy_data: Path
+) -> None:
+    home, rounds = tmp_path / "home", 8
+    server, address = _serve(terminal, home)
+    clients = [
+        _join(terminal, address, f"site-{i}", write_rows(tmp_path / f"{i}.csv", toy_data, part=i, of=2), tiny_bert)
+        for i in range(2)
+    ]
+    run_file = write_run_file(
+        tmp_path / "run.toml",
+        model=tiny_bert,
+        data=toy_data,
+        lines=["[cohort]\nmin_clients = 2\nmin_replies = 2\njoin_timeout_s = 200"],
+    )
+    run_file.write_text(run_file.read_text().replace("rounds = 2", f"rounds = {rounds}"))
+    run = terminal.start("run", "run", str(run_file), "--home", str(home), "--json")
+    terminal.wait_for_text("site-0", "round 3", timeout_s=180)
+    stop(server, kind=signal.SIGKILL)
+    assert run.wait(timeout=60) == 23, terminal.output("run").read_text()
+
+    port = address.rsplit(":", 1)[1]
+    again = terminal.start("again", "server", "--home", str(home), "--port", port, "--insecure")
+    terminal.wait_for_text("again", "going on with run", timeout_s=90)
+
+    def state() -> str:
+        runs = json.loads(terminal.run("registry", "runs", "--home", str(home), "--json").stdout)
+        return str(runs[0]["state"])
+
+    wait_until(lambda: state() != "running", what="the end of the run", timeout_s=240)
+    assert state() == "finished"
+    versions = json.loads(terminal.run("registry", "versions", "toy", "--home", str(home), "--json").stdout)
+    assert sorted(each["round_number"] for each in versions) == list(range(1, rounds + 1))
+    assert all(
+        [each["status"] for each in json.loads(shown.stdout)["submissions"]] == ["accepted"] * 2
+        for shown in [terminal.run("registry", "show", "toy/3", "--home", str(home), "--json")]
+    )
+    for client in clients:
+        stop(client)
+    assert stop(again) == 0
+    terminal.expect_no_process()
+
+
 def test_tls_with_a_private_authority(terminal: Terminal, tmp_path: Path, tiny_bert: Path, toy_data: Path) -> None:
     home, certificates = tmp_path / "home", _certificates(tmp_path)
     ca = str(certificates / "ca.pem")
