@@ -17,6 +17,12 @@ def enrol(message: Message, context: Context) -> Message:
     return relay(message, context)
 
 
+@app.query("tell")
+def tell(message: Message, context: Context) -> Message:
+    """Relay why the client takes no part."""
+    return relay(message, context)
+
+
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Relay one round's work."""

@@ -20,7 +20,7 @@ from pomona.client.train import train_locally
 from pomona.datasets import Dataset, check_labels
 from pomona.errors import BaseModelError, ConfigError, PayloadError, PomonaError
 from pomona.lora_model import AdaptedModel
-from pomona.protocol import ENROL, TRAIN, Enrolled, Invitation, TrainRequest, refusal
+from pomona.protocol import ENROL, TELL, TRAIN, Enrolled, Exclusion, Invitation, TrainRequest, refusal
 from pomona.seeds import fresh_a, seed_of
 from pomona.wire import Factor, decode_weights, encode_update
 
@@ -79,6 +79,8 @@ class Trainer:
                 return self._enrol(Invitation.model_validate_json(json))
             if kind == TRAIN:
                 return self._train(TrainRequest.model_validate_json(json), payload)
+            if kind == TELL:
+                return self._told(Exclusion.model_validate_json(json))
             raise PayloadError(f"expected a request to {ENROL} or {TRAIN}, got {kind!r}")
         except ValidationError as error:
             reason = f"the coordinator's request is malformed: {error.errors(include_url=False)[0]['msg']}"
@@ -89,6 +91,10 @@ class Trainer:
     def _refuse(self, reason: str) -> Answer:
         _log.error("%s: %s", self._profile.name, reason)
         return "refusal", refusal(self._profile.name, reason).model_dump_json(), b""
+
+    def _told(self, exclusion: Exclusion) -> Answer:
+        _log.error("%s takes no part in run %s: %s", self._profile.name, exclusion.run_id, exclusion.reason)
+        return "told", "{}", b""
 
     def _enrol(self, invitation: Invitation) -> Answer:
         model, data = self._prepare(invitation)

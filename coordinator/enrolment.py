@@ -120,7 +120,7 @@ class Roster:
         holder = self.nodes.get(answer.name)
         if holder is not None and holder != node and holder in online:
             self._heirs[node] = answer.name
-            return "another connected client has that name"
+            return "another connected client has that name; join with another --name, or wait if it was this one"
         before = self.members.get(answer.name)
         if before is not None and before.num_examples != enrolment.num_examples:
             return (

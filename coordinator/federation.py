@@ -27,7 +27,7 @@ from pomona.errors import NotEnoughClients, PayloadError, PomonaError
 from pomona.failpoints import reach
 from pomona.lora_model import AdaptedModel, Scores
 from pomona.messages import pack, unpack
-from pomona.protocol import ENROL, Invitation
+from pomona.protocol import ENROL, TELL, Exclusion, Invitation
 from pomona.settings import RunSettings
 from pomona.storage.records import Exactness, NewVersion, Version
 from pomona.storage.registry import Registry
@@ -253,7 +253,7 @@ class _Federation:
         for message_id, node in list(self._invited.items()):
             if (reply := self._puller.pull(message_id)) is not None:
                 del self._invited[message_id]
-                self._enrol(self._introduction(node, reply, online))
+                self._enrol(node, self._introduction(node, reply, online))
 
     def _introduction(self, node: int, reply: Reply, online: Sequence[int]) -> Introduction:
         if isinstance(reply, PayloadError):
@@ -268,9 +268,12 @@ class _Federation:
             node, kind, json, invitation=self._invitation, training=self._settings.training, online=online
         )
 
-    def _enrol(self, who: Introduction) -> None:
+    def _enrol(self, node: int, who: Introduction) -> None:
         if who.excluded:
             _log.warning("client %s takes no part: %s", who.name, who.excluded)
+            told = Exclusion(run_id=self._invitation.run_id, reason=who.excluded[:500])
+            json, ttl = told.model_dump_json(), self._settings.cohort.join_timeout_s
+            self._grid.push_messages([Message(pack("exclusion", json), dst_node_id=node, message_type=TELL, ttl=ttl)])
             if who.name in self._roster.members:
                 return
         self._registry.enrol_client(

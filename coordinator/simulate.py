@@ -88,6 +88,7 @@ def build_client_app(settings_json: str) -> ClientApp:
         return Message(pack(*reply), reply_to=message)
 
     app.query()(answer)
+    app.query("tell")(answer)
     app.train()(answer)
     return app
 

@@ -20,6 +20,7 @@ Initial = Literal["uniform", "orthonormal"]
 
 ENROL = "query"
 TRAIN = "train"
+TELL = "query.tell"
 _MAX_ERROR_CHARS = 500
 
 
@@ -107,6 +108,18 @@ class Enrolled(_Record):
     num_examples: Annotated[int, Field(ge=1, le=2**63 - 1)]
     base_sha256: Sha256
     pomona_version: Annotated[str, Field(max_length=50)]
+
+
+class Exclusion(_Record):
+    """What a client is told when the coordinator does without it.
+
+    Attributes:
+        run_id: The run.
+        reason: Why, and what to do.
+    """
+
+    run_id: RunId
+    reason: Annotated[str, Field(max_length=_MAX_ERROR_CHARS)]
 
 
 class Refusal(_Record):

@@ -11,7 +11,7 @@ from flwr.supercore.run import Run as FlowerRun
 
 from pomona.client.trainer import Profile, Trainer
 from pomona.messages import pack, unpack
-from pomona.protocol import ENROL, TrainRequest
+from pomona.protocol import ENROL, TELL, Exclusion, TrainRequest
 
 Answer = tuple[str, str, bytes]
 Reply = Answer | Error | RecordDict | Exception | None
@@ -34,6 +34,7 @@ class Node:
     leaves_after: float = math.inf
     asked: list[tuple[TrainRequest, bytes]] = field(default_factory=list)
     invited: int = 0
+    told: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.trainer = Trainer(self.profile)
@@ -44,6 +45,9 @@ class Node:
         if message.metadata.message_type == ENROL:
             self.invited += 1
             return self.enrols(request, answer)
+        if message.metadata.message_type == TELL:
+            self.told.append(Exclusion.model_validate_json(request).reason)
+            return answer
         self.asked.append((TrainRequest.model_validate_json(request), payload))
         return self.trains(request, answer)
 

@@ -136,7 +136,7 @@ def test_a_name_passes_on_only_when_its_node_is_gone() -> None:
     """Two processes under one name would take turns, or an impostor would take over."""
     roster = Roster()
     introduce(roster, 1, online={1, 2})
-    assert introduce(roster, 2, online={1, 2}).excluded == "another connected client has that name"
+    assert introduce(roster, 2, online={1, 2}).excluded.startswith("another connected client has that name")
     assert roster.nodes == {"anna": 1}
     assert roster.newcomers({1, 2}) == []
     assert roster.newcomers({2}) == [2], "its name is free now"

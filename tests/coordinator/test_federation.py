@@ -1201,6 +1201,9 @@ def test_a_name_belongs_to_one_connected_node(
     assert (len(owner.asked), len(other.asked)) == (2, 0)
     assert [(client.name, client.excluded) for client in registry.clients(RUN)] == [("client-0", "")]
     assert other.invited == 1, "it is not asked over and over"
+    assert owner.told == []
+    assert [reason.partition(";")[0] for reason in other.told] == ["another connected client has that name"]
+    assert "client-0 takes no part in run run-1: another connected client has that name" in caplog.text
 
 
 def test_a_client_that_restarted_gets_its_name_back_when_its_old_node_is_gone(
