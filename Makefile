@@ -17,7 +17,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test check format bench wordnet migration clean
+.PHONY: help install demo test check format bench wordnet migration diagram clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +52,9 @@ wordnet: $(STAMP) ## Build the shipped WordNet subset again (needs npm and a net
 migration: $(STAMP) ## Start a migration of the registry: make migration m="what it does"
 	@test -n "$(m)" || { echo 'expected a title: make migration m="what it does"'; exit 2; }
 	@$(BIN)/python -c "$$NEW_MIGRATION" "$(m)"
+
+diagram: $(STAMP) ## Draw the tables of docs/registry.md again, from storage/tables.py
+	@$(BIN)/python -m pomona.storage.diagram
 
 clean: ## Remove the environment and all that was generated
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

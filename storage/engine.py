@@ -5,8 +5,9 @@ start, because one that begins by reading can be refused later without waiting.
 """
 
 import os
+import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -122,6 +123,32 @@ def keep_log(engine: sa.Engine) -> None:
             raw = connection.connection.dbapi_connection
             if raw is not None:
                 raw.cursor().execute("PRAGMA journal_mode = WAL")
+
+
+def copy_database(engine: sa.Engine, target: Path, *, blobs: Path) -> None:
+    """Copy a SQLite database to a new file, as it is at one moment, while others may write.
+
+    Args:
+        engine: The database.
+        target: The file to create.
+        blobs: The folder that belongs to the database, for the message.
+
+    Raises:
+        ConfigError: It is PostgreSQL.
+        RegistryUnavailable: The database cannot be read, or the copy not be written.
+    """
+    if engine.dialect.name != "sqlite":
+        raise ConfigError(
+            "a registry on PostgreSQL is backed up by PostgreSQL's own tools: first `pg_dump --format=custom`, then a "
+            f"copy of the folder {blobs}; in this order every row of the dump has its blob, which is written before it"
+        )
+    with database_errors(engine), engine.connect() as connection, closing(sqlite3.connect(target)) as copy:
+        source = connection.connection.dbapi_connection
+        assert isinstance(source, sqlite3.Connection)
+        try:
+            source.backup(copy)
+        except sqlite3.Error as error:
+            raise RegistryUnavailable(f"cannot copy the registry database to {target}: {error}") from error
 
 
 @contextmanager

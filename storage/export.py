@@ -8,7 +8,8 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +19,14 @@ from safetensors.numpy import load, save
 
 from pomona.errors import BlobWriteError, ConfigError, PayloadError
 from pomona.manifest import Kind, split_key
+from pomona.storage.card import model_card
+from pomona.storage.peft_folder import PEFT_HEADS
 from pomona.storage.records import LineageNode, Version
 from pomona.storage.registry import Registry
 
 MARKER = "pomona.json"
 
 _TASK_TYPES = {"classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
-_PEFT_HEADS = ("classifier", "score")  # for SEQ_CLS, peft saves these whole whatever it is told
 
 Array = NDArray[np.generic]
 
@@ -48,16 +50,33 @@ def export_peft(registry: Registry, ref: str, directory: Path, *, overwrite: boo
         PayloadError: The bytes are no adapter.
         BlobWriteError: The folder could not be written; nothing was left there.
     """
+    with new_folder(directory, overwrite=overwrite) as folder:
+        node = registry.lineage(ref)
+        write_files(folder, peft_files(node, registry.payload(node.version.ref)))
+    return directory.expanduser().resolve()
+
+
+@contextmanager
+def new_folder(directory: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Lend a folder beside ``directory``, which takes its place at the end, whole, or is removed after an error.
+
+    Args:
+        directory: The folder to create; an empty one may be there.
+        overwrite: Replace an earlier export in ``directory``, but nothing else.
+
+    Raises:
+        ConfigError: Something else is in ``directory``.
+        BlobWriteError: The folder could not be written; nothing was left there.
+    """
     target = directory.expanduser().resolve()
     _require_room(target, overwrite=overwrite)
-    node = registry.lineage(ref)
-    contents = peft_files(node, registry.payload(node.version.ref))
     staging = target.with_name(f".{target.name}.{secrets.token_hex(6)}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         staging.mkdir()
-        for name, content in contents.items():
-            _write(staging / name, content)
+        yield staging
+        for path in staging.iterdir():
+            _sync(path)
         _swap(staging, target)
     except OSError as error:
         raise BlobWriteError(
@@ -65,11 +84,26 @@ def export_peft(registry: Registry, ref: str, directory: Path, *, overwrite: boo
         ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return target
 
 
-def peft_files(node: LineageNode, payload: bytes) -> dict[str, bytes]:
+def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Write new files into a folder, by name."""
+    for name, content in contents.items():
+        with (folder / name).open("xb") as file:
+            file.write(content)
+
+
+def peft_files(
+    node: LineageNode, payload: bytes, *, rank: int = 1, with_heads: bool = True, notes: Sequence[str] = ()
+) -> dict[str, bytes]:
     """Return the contents of the folder by file name.
+
+    Args:
+        node: The version and what it is made of.
+        payload: Its bytes, or those of a recompression of it.
+        rank: Pad factors with zeros to at least this rank, which adds nothing to their product.
+        with_heads: Include the parameters that were trained whole.
+        notes: Sentences for the model card.
 
     Raises:
         ConfigError: PEFT cannot express the version.
@@ -77,22 +111,26 @@ def peft_files(node: LineageNode, payload: bytes) -> dict[str, bytes]:
     """
     version = node.version
     factors, heads = _read(payload, version.ref)
-    rank = max(a.shape[0] for a, _ in factors.values())
+    heads = heads if with_heads else {}
+    rank = max(rank, *(a.shape[0] for a, _ in factors.values()))
     tensors = {f"base_model.model.{name}": head for name, head in heads.items()}
     for module, (a, b) in factors.items():
         missing = rank - a.shape[0]
         tensors[f"base_model.model.{module}.lora_A.weight"] = np.pad(a, ((0, missing), (0, 0)))
         tensors[f"base_model.model.{module}.lora_B.weight"] = np.pad(b, ((0, 0), (0, missing)))
-    facts = {"ref": version.ref, "sha256": version.sha256, "base_sha256": version.base_sha256}
-    contents = {
+    return {
         "adapter_config.json": _json(_config(version, rank, sorted(factors), heads)),
         "adapter_model.safetensors": save(tensors, metadata={"format": "pt"}),
-        "README.md": _card(node).encode(),
-        MARKER: _json(facts),
+        **description(node, notes=notes),
     }
-    if "labels" in version.recipe:
-        contents["labels.json"] = _json(version.recipe["labels"])
-    return contents
+
+
+def description(node: LineageNode, *, library: str = "peft", notes: Sequence[str] = ()) -> dict[str, bytes]:
+    """Return the files that say what an export is: the card, the marker, and the labels where there are any."""
+    version = node.version
+    facts = {"ref": version.ref, "sha256": version.sha256, "base_sha256": version.base_sha256}
+    labels = {"labels.json": _json(version.recipe["labels"])} if "labels" in version.recipe else {}
+    return {"README.md": model_card(node, library=library, notes=notes).encode(), MARKER: _json(facts), **labels}
 
 
 def _read(payload: bytes, ref: str) -> tuple[dict[str, tuple[Array, Array]], dict[str, Array]]:
@@ -147,61 +185,9 @@ def _modules_to_save(heads: Collection[str], ref: str, *, task: str) -> list[str
         parts = name.split(".")[:-1]
         if not parts:
             raise ConfigError(f"peft saves whole modules, but {name!r} in {ref} belongs to none")
-        ends = [i for i, part in enumerate(parts, 1) if task == "classification" and part in _PEFT_HEADS]
+        ends = [i for i, part in enumerate(parts, 1) if task == "classification" and part in PEFT_HEADS]
         modules.add(".".join(parts[: ends[0]] if ends else parts))
     return sorted(modules)
-
-
-def _card(node: LineageNode) -> str:
-    version = node.version
-    merged = [item for item in node.submissions if item.status == "accepted" and item.version == version.ref]
-    front = {
-        "base_model": version.base_model,
-        "library_name": "peft",
-        "tags": ["lora", "federated-learning", "pomona"],
-    }
-    lines = [
-        "---",
-        *(f"{key}: {json.dumps(value)}" for key, value in front.items()),
-        "---",
-        "",
-        f"# {version.ref}",
-        "",
-        f"A LoRA adapter of rank {version.rank} for `{version.base_model}`, published by Pomona on "
-        f"{version.created_at:%Y-%m-%d}.",
-        "",
-        "| | |",
-        "|---|---|",
-        f"| SHA-256 of the adapter | `{version.sha256}` |",
-        f"| SHA-256 of the base model | `{version.base_sha256}` |",
-        f"| Aggregation | {version.exactness}, retained energy {version.retained_energy:.6f} |",
-        f"| Round | {version.round_number} of run `{version.run_id}`, {len(merged)} clients |",
-        "",
-        "## Lineage",
-        "",
-        *_ancestors(node),
-        "",
-        "## Metrics",
-        "",
-        *([f"* {_plain(key)}: {value:.6g}" for key, value in version.metrics.items()] or ["None recorded."]),
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def _ancestors(node: LineageNode) -> list[str]:
-    lines, queue, seen = [], list(node.parents), {node.version.id}
-    while queue:
-        parent = queue.pop(0)
-        if parent.version.id not in seen:
-            seen.add(parent.version.id)
-            lines.append(f"* {parent.version.ref} ({parent.kind}, coefficient {parent.coefficient:g})")
-            queue.extend(parent.parents)
-    return lines or ["The first of its line."]
-
-
-def _plain(text: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in " -_./@:" else "?" for letter in text)
 
 
 def _json(value: object) -> bytes:
@@ -221,10 +207,8 @@ def _require_room(target: Path, *, overwrite: bool) -> None:
     raise ConfigError(f"{target} is not empty and holds no earlier export; name another folder")
 
 
-def _write(path: Path, content: bytes) -> None:
-    with path.open("xb") as file:
-        file.write(content)
-        file.flush()
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
         os.fsync(file.fileno())
 
 

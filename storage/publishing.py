@@ -1,6 +1,7 @@
-"""Closing a round: one transaction writes the version and everything that says what it is made of."""
+"""Publishing: one transaction writes the version and everything that says what it is made of."""
 
 import math
+from collections.abc import Mapping
 from datetime import UTC, datetime
 
 import sqlalchemy as sa
@@ -8,7 +9,7 @@ import sqlalchemy as sa
 from pomona.errors import BaseModelError, RegistryError
 from pomona.storage import rounds, versions
 from pomona.storage import tables as t
-from pomona.storage.records import NewVersion, Version
+from pomona.storage.records import NewImport, NewVersion, Version
 from pomona.storage.rounds import REASON_LENGTH
 from pomona.storage.values import json_value, metrics, real, text
 
@@ -42,6 +43,24 @@ def publish_round(connection: sa.Connection, new: NewVersion, sha256: str) -> Ve
     return versions.load(connection, t.version.c.id == version_id)[0]
 
 
+def publish_import(connection: sa.Connection, new: NewImport, sha256: str) -> Version:
+    """Publish an adapter that no run made as the next version of its name; it has no parents."""
+    rounds.add_base_model(connection, new.base_sha256, name=new.base_model, source=new.base_source)
+    rounds.add_adapter(connection, new.adapter)
+    values = {
+        "base_sha256": new.base_sha256,
+        "rank": new.rank,
+        "kind": "import",
+        "exactness": "exact",
+        "retained_energy": 1.0,
+        "run_id": None,
+        "round": None,
+        "recipe": json_value(new.recipe),
+    }
+    version_id = _insert_next(connection, new.adapter, sha256, len(new.payload), values)
+    return versions.load(connection, t.version.c.id == version_id)[0]
+
+
 def _require_run(connection: sa.Connection, new: NewVersion) -> None:
     run = rounds.run(connection, new.run_id)
     if new.adapter != run.adapter:
@@ -57,12 +76,7 @@ def _require_run(connection: sa.Connection, new: NewVersion) -> None:
 
 
 def _insert_version(connection: sa.Connection, new: NewVersion, sha256: str) -> int:
-    of_adapter = sa.select(sa.func.max(t.version.c.version)).where(t.version.c.adapter_name == new.adapter)
     values = {
-        "adapter_name": new.adapter,
-        "version": (connection.scalar(of_adapter) or 0) + 1,
-        "blob_sha256": sha256,
-        "bytes": len(new.payload),
         "base_sha256": new.base_sha256,
         "rank": new.rank,
         "kind": "round",
@@ -71,9 +85,20 @@ def _insert_version(connection: sa.Connection, new: NewVersion, sha256: str) -> 
         "run_id": new.run_id,
         "round": new.round_number,
         "recipe": json_value(new.recipe),
+    }
+    return _insert_next(connection, new.adapter, sha256, len(new.payload), values)
+
+
+def _insert_next(connection: sa.Connection, adapter: str, sha256: str, size: int, values: Mapping[str, object]) -> int:
+    of_adapter = sa.select(sa.func.max(t.version.c.version)).where(t.version.c.adapter_name == adapter)
+    identity = {
+        "adapter_name": adapter,
+        "version": (connection.scalar(of_adapter) or 0) + 1,
+        "blob_sha256": sha256,
+        "bytes": size,
         "created_at": datetime.now(UTC),
     }
-    statement = sa.insert(t.version).values(**values).returning(t.version.c.id)
+    statement = sa.insert(t.version).values(**identity, **values).returning(t.version.c.id)
     version_id: int = connection.execute(statement).scalar_one()
     return version_id
 

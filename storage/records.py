@@ -119,6 +119,29 @@ class NewVersion:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NewImport:
+    """An adapter that no run made, as it is to be published.
+
+    Attributes:
+        adapter: Name of the adapter; made where there is none.
+        payload: The adapter's safetensors bytes, scale folded in.
+        base_sha256: Hash of the base model's weights.
+        base_model: Name of the base model, for a registry that does not know it yet.
+        base_source: Where the base model was found, likewise.
+        rank: Largest rank of any layer.
+        recipe: ``task``, ``labels`` and what it was imported from.
+    """
+
+    adapter: str
+    payload: bytes = field(repr=False)
+    base_sha256: str
+    base_model: str
+    base_source: str
+    rank: int
+    recipe: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Version:
     """One immutable version of an adapter; only its tags and the aliases that point at it ever change.
 
@@ -260,3 +283,49 @@ class LineageNode:
     coefficient: float
     parents: Sequence["LineageNode"] = field(repr=False)
     submissions: Sequence[Submission] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchPage:
+    """Some of the versions that a search found.
+
+    Attributes:
+        versions: In the order that was asked for.
+        next_page_token: What to ask with for those after them; ``None`` where there are no more.
+    """
+
+    versions: Sequence[Version]
+    next_page_token: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AliasMove:
+    """One move of an alias.
+
+    Attributes:
+        version: Number of the version it points at from then on; ``None`` where the alias was removed.
+        previous: Number of the version it pointed at before; ``None`` where there was no such alias.
+    """
+
+    adapter: str
+    alias: str
+    version: int | None
+    previous: int | None
+    moved_at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetricPoint:
+    """A metric of one version; NaN where it was not finite."""
+
+    version: int
+    created_at: datetime
+    value: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetricHistory:
+    """A metric over the versions of an adapter that have it, oldest first."""
+
+    metric: str
+    points: Sequence[MetricPoint]

@@ -6,7 +6,6 @@ Bytes are on disk before a row names them, and a row is committed before anybody
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
@@ -23,13 +22,14 @@ from pomona.storage import consistency, histories, lineage, publishing, referenc
 from pomona.storage import tables as t
 from pomona.storage.blobs import BlobStore
 from pomona.storage.consistency import Finding
-from pomona.storage.engine import create_engine, reading, sqlite_url, writing
+from pomona.storage.engine import copy_database, create_engine, reading, sqlite_url, writing
 from pomona.storage.records import (
     AdapterSummary,
     AliasMove,
     Client,
     LineageNode,
     MetricHistory,
+    NewImport,
     NewSubmission,
     NewVersion,
     Round,
@@ -108,13 +108,12 @@ class Registry:
 
     def add_base_model(self, sha256: str, name: str, source: str) -> None:
         """Make a base model known; one that is known keeps its first name."""
+        self._write(lambda c: rounds.add_base_model(c, sha256, name=name, source=source))
 
-        def work(connection: sa.Connection) -> None:
-            if connection.scalar(sa.select(t.base_model.c.sha256).filter_by(sha256=sha256)) is None:
-                facts = {"sha256": sha256, "name": name, "source": source, "added_at": datetime.now(UTC)}
-                connection.execute(sa.insert(t.base_model).values(**facts))
-
-        self._write(work)
+    def base_model_source(self, sha256: str) -> str:
+        """Return where a base model was found when it was added, ``""`` for one that is not known."""
+        query = sa.select(t.base_model.c.source).filter_by(sha256=sha256)
+        return self._read(lambda c: c.scalar(query)) or ""
 
     def start_run(self, *, run_id: str, adapter: str, base_sha256: str, settings_json: str) -> Run:
         """Begin a run, or take up again one of the same id, adapter, base model and settings.
@@ -124,13 +123,7 @@ class Registry:
             BaseModelError: The base model was not added.
             VersionConflict: Another run has that id.
         """
-        try:
-            _ADAPTER_NAME.validate_python(adapter)
-        except ValidationError as error:
-            raise ConfigError(
-                f"expected an adapter name of letters, digits and ._- that begins with a letter or digit, "
-                f"got {adapter!r}"
-            ) from error
+        _check_name(adapter)
         return self._write(
             lambda c: rounds.start_run(
                 c, run_id=run_id, adapter=adapter, base_sha256=base_sha256, settings_json=settings_json
@@ -212,6 +205,17 @@ class Registry:
         sha256 = self.blobs.put(new.payload)
         reach("version-blob-written")
         return self._write(lambda c: publishing.publish_round(c, new, sha256))
+
+    def publish_import(self, new: NewImport) -> Version:
+        """Publish an adapter that no run made, with its base model; when this returns, it is on disk.
+
+        Raises:
+            ConfigError: The adapter's name is malformed.
+            BlobWriteError: The payload could not be written; nothing was published.
+        """
+        _check_name(new.adapter)
+        sha256 = self.blobs.put(new.payload)
+        return self._write(lambda c: publishing.publish_import(c, new, sha256))
 
     def run(self, run_id: str) -> Run:
         """Return one run; AdapterNotFound if there is none."""
@@ -321,6 +325,14 @@ class Registry:
         """Return what the database holds that contradicts itself or points at nothing."""
         return self._read(consistency.contradictions)
 
+    def copy_database(self, target: Path) -> None:
+        """Copy the database of a registry on SQLite, as it is at one moment, to a new file.
+
+        Raises:
+            ConfigError: It is PostgreSQL, which has its own tools.
+        """
+        copy_database(self._engine, target, blobs=self.blobs.root)
+
     def _read(self, work: Callable[[sa.Connection], Result]) -> Result:
         with reading(self._engine) as connection:
             return work(connection)
@@ -335,6 +347,15 @@ class Registry:
                 if attempt == _ATTEMPTS - 1:
                     raise VersionConflict(f"another writer was first, {_ATTEMPTS} times: {error.orig}") from error
         raise AssertionError
+
+
+def _check_name(adapter: str) -> None:
+    try:
+        _ADAPTER_NAME.validate_python(adapter)
+    except ValidationError as error:
+        raise ConfigError(
+            f"expected an adapter name of letters, digits and ._- that begins with a letter or digit, got {adapter!r}"
+        ) from error
 
 
 def _prepare_home(home: Path, *, needs_file: bool, read_only: bool) -> None:

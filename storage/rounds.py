@@ -36,12 +36,24 @@ def start_run(connection: sa.Connection, *, run_id: str, adapter: str, base_sha2
     if connection.scalar(sa.select(t.base_model.c.sha256).filter_by(sha256=base_sha256)) is None:
         raise BaseModelError(f"base model {base_sha256[:12]} is not in the registry; add it before the run")
     now = datetime.now(UTC)
-    if connection.scalar(sa.select(t.adapter.c.name).filter_by(name=adapter)) is None:
-        connection.execute(sa.insert(t.adapter).values(name=adapter, created_at=now))
+    add_adapter(connection, adapter)
     connection.execute(
         sa.insert(t.run).values(id=run_id, state="running", reason="", started_at=now, initial_metrics={}, **facts)
     )
     return run(connection, run_id)
+
+
+def add_base_model(connection: sa.Connection, sha256: str, *, name: str, source: str) -> None:
+    """Make a base model known; one that is known keeps its first name."""
+    if connection.scalar(sa.select(t.base_model.c.sha256).filter_by(sha256=sha256)) is None:
+        facts = {"sha256": sha256, "name": name, "source": source, "added_at": datetime.now(UTC)}
+        connection.execute(sa.insert(t.base_model).values(**facts))
+
+
+def add_adapter(connection: sa.Connection, name: str) -> None:
+    """Make an adapter known; one that is known stays as it is."""
+    if connection.scalar(sa.select(t.adapter.c.name).filter_by(name=name)) is None:
+        connection.execute(sa.insert(t.adapter).values(name=name, created_at=datetime.now(UTC)))
 
 
 def run(connection: sa.Connection, run_id: str) -> Run:

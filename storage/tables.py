@@ -118,6 +118,7 @@ version = sa.Table(
     _moment("created_at"),
     sa.UniqueConstraint("adapter_name", "version"),
     sa.UniqueConstraint("run_id", "round"),
+    sa.Index("ix_version_created_at", "created_at"),
     sa.CheckConstraint("version > 0", name="version_is_positive"),
     sa.CheckConstraint("(run_id IS NULL) = (round IS NULL)", name="run_and_round_go_together"),
     sa.CheckConstraint("exactness IN ('exact', 'truncated', 'approximate', 'behavioural')", name="exactness"),
@@ -185,13 +186,14 @@ submission = sa.Table(
 )
 
 lineage = sa.Table(
-    "lineage",
+    "lineage_edge",  # `lineage` is the view for people
     metadata,
     _version_id("child_id", primary_key=True),
     _version_id("parent_id", primary_key=True),
     sa.Column("kind", sa.String(20), primary_key=True),
     sa.Column("coefficient", sa.Double, nullable=False),
     sa.CheckConstraint("child_id > parent_id", name="parents_come_first"),
+    sa.Index("ix_lineage_edge_parent_id", "parent_id"),
 )
 
 alias = sa.Table(
@@ -201,6 +203,7 @@ alias = sa.Table(
     sa.Column("alias", sa.String(64), primary_key=True),
     _version_id(),
     _moment("moved_at"),
+    sa.Index("ix_alias_version_id", "version_id"),
 )
 
 alias_history = sa.Table(
@@ -220,6 +223,7 @@ tag = sa.Table(
     _version_id(primary_key=True),
     sa.Column("key", sa.String(100), primary_key=True),
     _text("value"),
+    sa.Index("ix_tag_key", "key"),
 )
 
 metric = sa.Table(
@@ -228,4 +232,5 @@ metric = sa.Table(
     _version_id(primary_key=True),
     sa.Column("key", sa.String(100), primary_key=True),
     sa.Column("value", sa.Double, nullable=True),
+    sa.Index("ix_metric_key_value_version_id", "key", "value", "version_id"),
 )

@@ -41,6 +41,11 @@ def text(value: object, *, limit: int) -> str:
     return _UNSTORABLE.sub("\N{REPLACEMENT CHARACTER}", str(value)[:limit])
 
 
+def is_storable(value: str) -> bool:
+    """Return whether every database takes this text as it is: no NUL, no half of a surrogate pair."""
+    return _UNSTORABLE.search(value) is None
+
+
 def json_value(value: object) -> object:
     """Return ``value`` as JSON can hold it: NaN and infinities become ``None``, tuples lists."""
     match value:

@@ -49,7 +49,7 @@ def resolve(connection: sa.Connection, ref: str) -> Version:
         AdapterNotFound: There is none; the message names what there is.
     """
     name, mark, rest = _split(ref)
-    _require_adapter(connection, name)
+    require_adapter(connection, name)
     of_name = t.version.c.adapter_name == name
     match mark:
         case "/":
@@ -72,7 +72,7 @@ def of_adapter(connection: sa.Connection, name: str) -> list[Version]:
     Raises:
         AdapterNotFound: There is no such adapter.
     """
-    _require_adapter(connection, name)
+    require_adapter(connection, name)
     return load(connection, t.version.c.adapter_name == name)
 
 
@@ -191,14 +191,19 @@ def _split(ref: str) -> tuple[str, str, str]:
     return ref, "", ""
 
 
-def _require_adapter(connection: sa.Connection, name: str) -> None:
+def require_adapter(connection: sa.Connection, name: str) -> None:
+    """Do nothing if there is an adapter of that name.
+
+    Raises:
+        AdapterNotFound: There is none; the message names what there is.
+    """
     names = connection.scalars(sa.select(t.adapter.c.name).order_by("name")).all()
     if name in names:
         return
     if close := difflib.get_close_matches(name, names, n=3):
         hint = f"did you mean {' or '.join(close)}?"
     else:
-        hint = f"there are {_some(names)}" if names else "the registry is empty"
+        hint = f"there are {some(names)}" if names else "the registry is empty"
     raise AdapterNotFound(f"there is no adapter {name!r}; {hint}")
 
 
@@ -207,7 +212,7 @@ def _what_there_is(connection: sa.Connection, name: str, ref: str) -> str:
     if newest is None:
         return f"there is no version {ref!r}; {name} has none yet"
     aliases = [f"{name}@{alias}" for _, alias, _ in _aliases(connection, t.alias.c.adapter_name == name)]
-    return f"there is no version {ref!r}; {name} has 1 to {newest}" + (f" and {_some(aliases)}" if aliases else "")
+    return f"there is no version {ref!r}; {name} has 1 to {newest}" + (f" and {some(aliases)}" if aliases else "")
 
 
 def _aliases(connection: sa.Connection, *where: sa.ColumnElement[bool]) -> list[tuple[str, str, int]]:
@@ -226,5 +231,6 @@ def _note_move(connection: sa.Connection, name: str, alias: str, version_id: int
     )
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """Return the first names as a sentence lists them, and how many more there are."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

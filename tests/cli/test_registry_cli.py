@@ -99,7 +99,7 @@ def parsed(result: Result) -> object:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["ls"], ["demo", "accuracy=0.52", "1 adapters"]),
+        (["ls"], ["demo", "accuracy=0.52", "1 adapter"]),
         (["show", "demo/1"], ["accuracy=0.51", "tiny-base", "mallory", "120", "norm [red]1e9[/red]"]),
         (["versions", "demo"], ["accuracy=0.51", "accuracy=0.52", "run-1 round 2"]),
         (

@@ -13,12 +13,15 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy.exc import IntegrityError
 
-from pomona.errors import RegistryUnavailable, VersionConflict
+from pomona.errors import ConfigError, RegistryUnavailable, VersionConflict
+from pomona.storage.backup import write_backup
+from pomona.storage.collection import collect_garbage
 from pomona.storage.engine import create_engine
 from pomona.storage.records import NewSubmission, NewVersion, Version
 from pomona.storage.registry import Registry, open_registry
 from pomona.storage.schema import alembic_config
 from pomona.storage.tables import metadata
+from pomona.storage.verification import verify
 
 SERVER = os.environ.get("POMONA_TEST_POSTGRES_URL", "")
 pytestmark = pytest.mark.skipif(not SERVER, reason="POMONA_TEST_POSTGRES_URL is not set")
@@ -137,3 +140,31 @@ def test_notes_are_kept_and_a_reader_writes_nothing(
         assert reader.rounds("run-1")[0].state == "committed"
         with pytest.raises(RegistryUnavailable, match="read-only"):
             reader.set_tag("demo", "stage", "test")
+
+
+def test_it_is_verified_and_its_garbage_collected(registry: Registry, submission: Submit, make_version: Make) -> None:
+    registry.record_submission(submission())
+    registry.publish_round(make_version(weights={"anna": 1.0}))
+    registry.set_alias("demo", "champion", 1)
+    orphan = registry.blobs.put(b"nobody names this")
+    report = verify(registry)
+    assert (report.problems, report.blobs, len(report.notes)) == ((), 2, 1)
+    assert [blob.sha256 for blob in collect_garbage(registry, grace_s=0.0).blobs] == [orphan]
+    registry.blobs.path(registry.resolve("demo").sha256).unlink()
+    assert [item.about for item in verify(registry).problems] == ["version demo/1"]
+
+
+def test_contradictions_are_found_here_too(registry: Registry, make_version: Make, url: str) -> None:
+    registry.publish_round(make_version())
+    engine = create_engine(url, read_only=False)
+    with engine.begin() as connection:
+        connection.execute(sa.text("UPDATE round SET state = 'open'"))
+    engine.dispose()
+    found = [(item.about, item.found) for item in verify(registry).problems]
+    assert found == [("round 1 of run run-1", "is open, but has a version")]
+
+
+def test_a_backup_is_left_to_its_own_tools(registry: Registry, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="pg_dump"):
+        write_backup(registry, tmp_path / "backup.tar")
+    assert [path.name for path in tmp_path.iterdir() if path.name != "home"] == []

@@ -159,7 +159,7 @@ def test_a_long_lineage_needs_no_deep_recursion(registry: Registry, publish: Pub
             [(number, number) for number in range(2, 2001)],
         )
         connection.executemany(
-            "INSERT INTO lineage VALUES (?, ?, 'parent', 1.0)",
+            "INSERT INTO lineage_edge VALUES (?, ?, 'parent', 1.0)",
             [(number, number - 1) for number in range(2, 2001)],
         )
     node, depth = registry.lineage("demo"), 1

@@ -5,7 +5,20 @@ from typing import Annotated
 import typer
 
 from pomona import __version__
-from pomona.cli import demo, doctor, join, registry, run, server, simulate, strategies
+from pomona.cli import (
+    demo,
+    doctor,
+    join,
+    registry,
+    registry_care,
+    registry_diff,
+    registry_exchange,
+    registry_search,
+    run,
+    server,
+    simulate,
+    strategies,
+)
 
 app = typer.Typer(
     name="pomona",
@@ -20,6 +33,15 @@ app.command("run")(run.run)
 app.command("simulate")(simulate.simulate)
 app.command("strategies")(strategies.strategies)
 app.command("doctor")(doctor.doctor)
+registry.app.command("export")(registry_exchange.export)
+registry.app.command("import")(registry_exchange.take_in)
+registry.app.command("diff")(registry_diff.diff)
+registry.app.command("verify")(registry_care.verify)
+registry.app.command("gc")(registry_care.collect)
+registry.app.command("backup")(registry_care.backup)
+registry.app.command("restore")(registry_care.restore)
+registry.app.command("search")(registry_search.search)
+registry.app.command("metrics")(registry_search.metrics)
 app.add_typer(registry.app)
 
 

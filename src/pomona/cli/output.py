@@ -76,7 +76,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, tit
 
 @contextmanager
 def exit_on_error(*, as_json: bool = False) -> Iterator[None]:
-    """Turn an error of this project into one line on stderr and its exit code; let bugs through.
+    """Turn an error of this project into one line on stderr, its notes, and its exit code; let bugs through.
 
     Args:
         as_json: Print the error as a JSON document on stdout too.
@@ -85,18 +85,28 @@ def exit_on_error(*, as_json: bool = False) -> Iterator[None]:
         yield
     except PomonaError as error:
         if as_json:
-            facts = {"code": error.exit_code, "type": type(error).__name__, "message": str(error)}
-            print_json_line({"error": facts})
+            print_json_line({"error": error_facts(error)})
         from rich.text import Text  # noqa: PLC0415
 
         line = Text(f"error: {_one_line(str(error))}", style="red")
         console(stderr=True).print(line, soft_wrap=True)
+        for note in getattr(error, "__notes__", ()):
+            shown = "\n".join(f"  {_printable(line)}" for line in note.split("\n"))
+            console(stderr=True).print(Text(shown), soft_wrap=True)
         raise SystemExit(error.exit_code) from error
 
 
+def error_facts(error: PomonaError) -> dict[str, object]:
+    """Return what machines are told about an error."""
+    return {"code": error.exit_code, "type": type(error).__name__, "message": str(error)}
+
+
 def _one_line(text: str) -> str:
-    spaced = " ".join(text.split())
-    return "".join(letter for letter in spaced if unicodedata.category(letter)[0] != "C")
+    return _printable(" ".join(text.split()))
+
+
+def _printable(line: str) -> str:
+    return "".join(letter for letter in line if unicodedata.category(letter)[0] != "C")
 
 
 def _jsonable(value: object) -> object:

@@ -29,7 +29,7 @@ Home = Annotated[
 Ref = Annotated[str, typer.Argument(help="name/3, name@alias, or name for its newest version.")]
 
 _SPECTRUM = ("norm", "stable_rank", "effective_rank", "top_share")
-_VERSION_COLUMNS = (
+VERSION_COLUMNS = (
     "version",
     "rank",
     "exactness",
@@ -45,7 +45,7 @@ _VERSION_COLUMNS = (
 @app.command("ls")
 def list_adapters(*, home: Home = None, as_json: Json = False) -> None:
     """List all adapters."""
-    with _registry(home, as_json=as_json) as registry:
+    with opened(home, as_json=as_json) as registry:
         found = registry.adapters()
         if as_json:
             print_json([_adapter_facts(item) for item in found])
@@ -57,11 +57,11 @@ def list_adapters(*, home: Home = None, as_json: Json = False) -> None:
 @app.command()
 def show(ref: Ref, *, home: Home = None, as_json: Json = False) -> None:
     """Show one version and the submissions that it is made of."""
-    with _registry(home, as_json=as_json) as registry:
+    with opened(home, as_json=as_json) as registry:
         version = registry.resolve(ref)
         sent = registry.submissions(version.run_id, version.round_number) if version.run_id else []
         if as_json:
-            print_json(_version_facts(version) | {"submissions": sent})
+            print_json(version_facts(version) | {"submissions": sent})
             return
         print_table(("", ""), _version_details(version), title=version.ref)
         columns = ("client", "rank", "examples", "weight", "sha256", "status", "reason")
@@ -86,12 +86,12 @@ def versions(
     as_json: Json = False,
 ) -> None:
     """List the versions of an adapter."""
-    with _registry(home, as_json=as_json) as registry:
+    with opened(home, as_json=as_json) as registry:
         found = registry.versions(name)
         if as_json:
-            print_json([_version_facts(item) for item in found])
+            print_json([version_facts(item) for item in found])
         else:
-            print_table(_VERSION_COLUMNS, map(_version_row, found), title=name)
+            print_table(VERSION_COLUMNS, map(version_row, found), title=name)
 
 
 @app.command()
@@ -103,7 +103,7 @@ def lineage(
     as_json: Json = False,
 ) -> None:
     """Show what a version is made of, back to the first."""
-    with _registry(home, as_json=as_json) as registry:
+    with opened(home, as_json=as_json) as registry:
         node = registry.lineage(ref)
         if as_json:
             print_json(_lineage_facts(node))
@@ -118,19 +118,23 @@ def alias(
     version: Annotated[int | None, typer.Argument(help="Number of the version to point it at.")] = None,
     *,
     remove: Annotated[bool, typer.Option("--remove", help="Delete the alias; the version stays.")] = False,
+    history: Annotated[bool, typer.Option("--history", help="Show how it moved; change nothing.")] = False,
     home: Home = None,
     as_json: Json = False,
 ) -> None:
-    """Point an alias at a version, or remove it."""
-    if remove == (version is not None):
-        raise typer.BadParameter("give the number of a version, or --remove")
-    with _registry(home, as_json=as_json, writes=True) as registry:
+    """Point an alias at a version, remove it, or show how it moved."""
+    if remove + history + (version is not None) != 1:
+        raise typer.BadParameter("give the number of a version, or --remove, or --history")
+    if history:
+        _show_moves(name, alias, home=home, as_json=as_json)
+        return
+    with opened(home, as_json=as_json, writes=True) as registry:
         if version is None:
             registry.remove_alias(name, alias)
-            _say(f"removed {name}@{alias}", {"removed": f"{name}@{alias}"}, as_json=as_json)
+            say(f"removed {name}@{alias}", {"removed": f"{name}@{alias}"}, as_json=as_json)
         else:
             moved = registry.set_alias(name, alias, version)
-            _say(f"{name}@{alias} is {moved.ref}", _version_facts(moved), as_json=as_json)
+            say(f"{name}@{alias} is {moved.ref}", version_facts(moved), as_json=as_json)
 
 
 @app.command()
@@ -142,37 +146,18 @@ def tag(
     as_json: Json = False,
 ) -> None:
     """Attach a tag to a version."""
-    with _registry(home, as_json=as_json, writes=True) as registry:
+    with opened(home, as_json=as_json, writes=True) as registry:
         key, equals, value = pair.partition("=")
         if not equals:
             raise ConfigError(f"expected KEY=VALUE, got {pair!r}")
         tagged = registry.set_tag(ref, key, value)
-        _say(f"{tagged.ref} has {key}={value}", _version_facts(tagged), as_json=as_json)
-
-
-@app.command()
-def export(
-    ref: Ref,
-    *,
-    to: Annotated[Path, typer.Option("--to", help="The folder to create.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
-    home: Home = None,
-    as_json: Json = False,
-) -> None:
-    """Write a version as a folder that plain peft loads."""
-    from pomona.storage.export import export_peft  # noqa: PLC0415
-
-    with _registry(home, as_json=as_json) as registry:
-        version = registry.resolve(ref)
-        folder = export_peft(registry, version.ref, to, overwrite=overwrite)
-        facts = {"ref": version.ref, "sha256": version.sha256, "directory": folder}
-        _say(f"wrote {version.ref} to {folder}", facts, as_json=as_json)
+        say(f"{tagged.ref} has {key}={value}", version_facts(tagged), as_json=as_json)
 
 
 @app.command()
 def runs(*, home: Home = None, as_json: Json = False) -> None:
     """List all runs."""
-    with _registry(home, as_json=as_json) as registry:
+    with opened(home, as_json=as_json) as registry:
         found = registry.runs()
         if as_json:
             print_json(found)
@@ -181,22 +166,35 @@ def runs(*, home: Home = None, as_json: Json = False) -> None:
             print_table(columns, [_run_row(registry, run) for run in found], title=f"{len(found)} runs")
 
 
+def _show_moves(name: str, alias: str, *, home: Path | None, as_json: bool) -> None:
+    with opened(home, as_json=as_json) as registry:
+        moves = registry.alias_history(name, alias)
+        if as_json:
+            print_json(moves)
+        else:
+            rows = [(item.moved_at, item.previous, item.version or "removed") for item in moves]
+            print_table(("moved", "from version", "to version"), rows, title=f"{name}@{alias}")
+
+
 @contextmanager
-def _registry(home: Path | None, *, as_json: bool, writes: bool = False) -> Iterator["Registry"]:
+def opened(home: Path | None, *, as_json: bool, writes: bool = False) -> Iterator["Registry"]:
+    """Open a registry for a command, read-only unless it writes; end with an error's exit code."""
     from pomona.storage.registry import open_registry  # noqa: PLC0415
 
     with exit_on_error(as_json=as_json), open_registry(home, read_only=not writes) as registry:
         yield registry
 
 
-def _say(line: str, facts: Mapping[str, object], *, as_json: bool) -> None:
+def say(line: str, facts: Mapping[str, object], *, as_json: bool) -> None:
+    """Print one line for people, or facts for machines."""
     if as_json:
         print_json(facts)
     else:
         console().print(plain(line), soft_wrap=True)
 
 
-def _version_facts(version: "Version") -> dict[str, object]:
+def version_facts(version: "Version") -> dict[str, object]:
+    """Return a version as machines get it."""
     names = ("adapter", "number", "sha256", "bytes", "base_sha256", "base_model", "rank", "kind", "exactness")
     more = ("retained_energy", "run_id", "round_number", "created_at", "metrics", "tags", "aliases", "recipe")
     facts: dict[str, object] = {name: getattr(version, name) for name in (*names, *more)}
@@ -208,7 +206,7 @@ def _adapter_facts(item: "AdapterSummary") -> dict[str, object]:
         "name": item.name,
         "created_at": item.created_at,
         "versions": item.versions,
-        "latest": _version_facts(item.latest) if item.latest else None,
+        "latest": version_facts(item.latest) if item.latest else None,
         "aliases": item.aliases,
     }
 
@@ -217,7 +215,7 @@ def _lineage_facts(root: "LineageNode") -> dict[str, object]:
     return {
         "ref": root.version.ref,
         "versions": [
-            _version_facts(node.version)
+            version_facts(node.version)
             | {
                 "parents": [
                     {"ref": parent.version.ref, "kind": parent.kind, "coefficient": parent.coefficient}
@@ -307,7 +305,8 @@ def _adapter_row(item: "AdapterSummary") -> Sequence[object]:
     )
 
 
-def _version_row(version: "Version") -> Sequence[object]:
+def version_row(version: "Version") -> Sequence[object]:
+    """Return a version as a row of ``VERSION_COLUMNS``."""
     return (
         version.number,
         version.rank,
@@ -323,7 +322,7 @@ def _version_row(version: "Version") -> Sequence[object]:
 
 def _version_details(version: "Version") -> list[tuple[str, object]]:
     return [
-        *zip(_VERSION_COLUMNS, _version_row(version), strict=True),
+        *zip(VERSION_COLUMNS, version_row(version), strict=True),
         ("base model", f"{version.base_model} {version.base_sha256[:12]}"),
         ("sha256", version.sha256),
         ("size", f"{version.bytes} bytes"),
