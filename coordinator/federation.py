@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Collection, Sequence
 
+import httpx
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
@@ -20,10 +21,10 @@ from pomona.batches import Encoded
 from pomona.coordinator.beginning import begin_run, load_held_out
 from pomona.coordinator.enrolment import Introduction, Roster, choose_cohort
 from pomona.coordinator.recovery import committed_rounds, known_members, unfinished_round, waiting_submissions
-from pomona.coordinator.replies import Puller, Reply, collect
+from pomona.coordinator.replies import Puller, Reply, collect, server_gone
 from pomona.coordinator.strategy import Aggregate, LoraStrategy
 from pomona.coordinator.trusted import TrustedTrainer
-from pomona.errors import NotEnoughClients, PayloadError, PomonaError
+from pomona.errors import NotEnoughClients, PayloadError, PomonaError, ServerGone
 from pomona.failpoints import reach
 from pomona.lora_model import AdaptedModel, Scores
 from pomona.messages import pack, unpack
@@ -43,14 +44,18 @@ _GRACE_S = 15.0  # for those who are about to answer when enough have
 def run_federation(grid: Grid, settings: RunSettings, registry: Registry, *, run_id: str) -> list[Version]:
     """Run all rounds and return the versions that were published, oldest first.
 
-    However it ends, the run's row in the registry says so.
+    However it ends, the run's row in the registry says so; where the server is gone it has not ended.
 
     Raises:
+        ServerGone: Flower's server cannot be reached; the same call goes on with the run later.
         NotEnoughClients: Too few clients joined in time, or answered.
     """
     invitation = begin_run(registry, settings, run_id=run_id)
     try:
         versions = _Federation(grid, settings, registry, invitation).run()
+    except (ServerGone, httpx.TransportError) as error:
+        _log.error("run %s is cut off: %s", run_id, error)
+        raise error if isinstance(error, ServerGone) else server_gone(error) from error
     except BaseException as error:
         registry.finish_run(run_id, "failed", f"{type(error).__name__}: {error}")
         raise
@@ -132,6 +137,8 @@ class _Federation:
             reach("round-aggregated")
             version = self._publish(number, aggregate)
             reach("version-published")
+        except (ServerGone, httpx.TransportError):
+            raise
         except BaseException as error:
             with contextlib.suppress(PomonaError):
                 self._registry.fail_round(run_id, number, f"{type(error).__name__}: {error}")

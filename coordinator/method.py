@@ -127,7 +127,7 @@ class Method:
     def __init__(self, settings: RunSettings, manifest: AdapterManifest) -> None:
         limits = settings.aggregation
         check_pattern(settings.training.rank_pattern, manifest.layers)
-        _check_orthonormal(settings, manifest)
+        self._largest_rank = _largest_rank(settings, manifest)
         self._settings = settings
         self._strategy = BY_NAME[limits.strategy]
         self._optimizer_state = OptimizerState()
@@ -184,7 +184,7 @@ class Method:
 
     def work(self, weights: AdapterWeights, *, rank: int, round_number: int) -> Work:
         """Return what clients that enrolled with a rank start a round from."""
-        rank = min([rank, *self._cap(round_number)])
+        rank = min([rank, self._largest_rank, *self._cap(round_number)])
         assignment = self._strategy.assign(weights.layers, rank=rank, round_number=round_number, rules=self._rules)
         fresh = assignment.trainable == 0 and assignment.trains == "both"
         start = {} if fresh else starting_factors(assignment, self._rules)
@@ -321,15 +321,18 @@ def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _check_orthonormal(settings: RunSettings, manifest: AdapterManifest) -> None:
+def _largest_rank(settings: RunSettings, manifest: AdapterManifest) -> int:
+    """Return the largest rank that a client may train: as many orthonormal rows as every layer has room for."""
+    most, training = settings.aggregation.max_rank, settings.training
     if settings.aggregation.strategy != "ffa-nested":
-        return
-    for name, (_, in_) in manifest.layers.items():
-        if (rank := settings.training.layer_rank(name, settings.aggregation.max_rank)) > in_:
-            raise ConfigError(
-                f"ffa-nested trains orthonormal rows, at most {in_} in layer {name!r}; aggregation.max_rank and "
-                f"training.rank_pattern allow {rank} there: lower them"
-            )
+        return most
+    for rank in range(most, 0, -1):
+        if all(training.layer_rank(name, rank) <= in_ for name, (_, in_) in manifest.layers.items()):
+            return rank
+    raise ConfigError(
+        "ffa-nested trains orthonormal rows, no more than a layer has inputs; training.rank_pattern asks for more even "
+        "of a client of rank 1: lower it"
+    )
 
 
 def _one_by_one(accepted: Sequence[Accepted], shares: Sequence[float], heads: HeadMean) -> Iterator[Contribution]:

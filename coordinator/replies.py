@@ -10,16 +10,26 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import httpx
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from pomona.errors import PayloadError
+from pomona.errors import PayloadError, ServerGone
 
 _POLL_S = 0.3
 _IDLE_S = 3.0
 _PULL_S = 2.0
 
 Reply = Message | PayloadError
+
+
+def server_gone(error: httpx.TransportError) -> ServerGone:
+    """Return the error of a run whose server cannot be reached."""
+    return ServerGone(
+        f"the server cannot be reached ({type(error).__name__}: {error}); the run goes on when it is started again"[
+            :500
+        ]
+    )
 
 
 @dataclass(slots=True)
@@ -30,12 +40,16 @@ class Puller:
     """
 
     grid: Grid
-    _stuck: dict[str, tuple[threading.Thread, list[Reply]]] = field(default_factory=dict)
+    _stuck: dict[str, tuple[threading.Thread, list[Reply | ServerGone]]] = field(default_factory=dict)
 
     def pull(self, message_id: str) -> Reply | None:
-        """Return the reply to one message, why it cannot be read, or None while there is none."""
+        """Return the reply to one message, why it cannot be read, or None while there is none.
+
+        Raises:
+            ServerGone: Flower's server cannot be reached; whether there is a reply is not known.
+        """
         if message_id not in self._stuck:
-            found: list[Reply] = []
+            found: list[Reply | ServerGone] = []
             thread = threading.Thread(target=self._pull, args=(message_id, found), daemon=True)
             thread.start()
             thread.join(_PULL_S)
@@ -44,11 +58,16 @@ class Puller:
         if thread.is_alive():
             return None
         del self._stuck[message_id]
-        return found[0] if found else None
+        reply = found[0] if found else None
+        if isinstance(reply, ServerGone):
+            raise reply
+        return reply
 
-    def _pull(self, message_id: str, found: list[Reply]) -> None:
+    def _pull(self, message_id: str, found: list[Reply | ServerGone]) -> None:
         try:
             found.extend(self.grid.pull_messages([message_id]))
+        except httpx.TransportError as error:
+            found.append(server_gone(error))
         except Exception as error:  # what Flower raises depends on the bytes that a client made up
             found.append(PayloadError(f"its reply cannot be read: {type(error).__name__}: {error}"[:500]))
 

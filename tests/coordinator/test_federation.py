@@ -1259,3 +1259,14 @@ def test_factors_are_held_to_the_scale_of_the_enrolment(
         trained = update.weights.layers[name]
         expected = LoraFactors(a=trained.a, b=trained.b, scale=8.0 / 2.0).delta()
         assert_close(factors.delta(), expected, rtol=1e-4, atol=1e-7)
+
+
+def test_nested_ffa_asks_for_no_more_rows_than_a_layer_has_inputs(
+    registry: Registry, make_settings: MakeSettings, make_profile: MakeProfile
+) -> None:
+    """There are no more orthonormal rows; the run would die in its first round."""
+    node = Node(make_profile(0, rank=20))
+    limits = {"strategy": "ffa-nested", "max_rank": 32}
+    settings = make_settings(aggregation=limits, training={"rank_pattern": {"query": 2.0}})
+    run_federation(InProcessGrid([node]), settings, registry, run_id=RUN)
+    assert [request.rank for request, _ in node.asked] == [8], "16 inputs, twice the rank"

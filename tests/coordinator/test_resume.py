@@ -5,13 +5,18 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
+import httpx
 import pytest
+from tests.coordinator.grid import InProcessGrid
+from tests.coordinator.run_until_killed import nodes
 
+from pomona.coordinator.federation import run_federation
 from pomona.coordinator.recovery import only_coordinator, resumable_run
-from pomona.errors import AdapterNotFound, ConfigError, ProcessError
+from pomona.errors import AdapterNotFound, ConfigError, ProcessError, ServerGone
 from pomona.failpoints import VARIABLE, Place
 from pomona.settings import RunSettings
 from pomona.storage.records import RunState
@@ -30,24 +35,28 @@ METHODS: dict[str, Mapping[str, object]] = {
 Start = Callable[..., tuple[int, str]]
 
 
+def settings_of(method: str, model: Path, data: Path) -> RunSettings:
+    return RunSettings.model_validate(
+        {
+            "name": "toy",
+            "rounds": ROUNDS,
+            "seed": 3,
+            "model": {"base": str(model), "max_length": 16},
+            "data": {"source": str(data)},
+            "cohort": {"join_timeout_s": 20.0, "round_deadline_s": 60.0, "min_clients": CLIENTS},
+            "training": {"batch_size": 8, "max_steps": 2, "learning_rate": 1e-2},
+            "aggregation": METHODS[method],
+            "simulation": {"ranks": [4]},
+        }
+    )
+
+
 @pytest.fixture(scope="module")
 def start(tiny_bert: Path, toy_data: Path) -> Start:
     """Return what runs a federation in a process of its own, to its end or until a failpoint kills it."""
 
     def run(home: Path, method: str, failpoint: str = "") -> tuple[int, str]:
-        settings = RunSettings.model_validate(
-            {
-                "name": "toy",
-                "rounds": ROUNDS,
-                "seed": 3,
-                "model": {"base": str(tiny_bert), "max_length": 16},
-                "data": {"source": str(toy_data)},
-                "cohort": {"join_timeout_s": 20.0, "round_deadline_s": 60.0, "min_clients": CLIENTS},
-                "training": {"batch_size": 8, "max_steps": 2, "learning_rate": 1e-2},
-                "aggregation": METHODS[method],
-                "simulation": {"ranks": [4]},
-            }
-        )
+        settings = settings_of(method, tiny_bert, toy_data)
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}
         env.pop("POMONA_REGISTRY_URL", None)
         command = [sys.executable, "-m", "tests.coordinator.run_until_killed", str(home)]
@@ -115,6 +124,24 @@ def test_what_the_aggregation_remembers_is_not_forgotten(
     assert start(tmp_path, method)[0] == 0
     with open_registry(tmp_path) as registry:
         assert published(registry) == undisturbed[method]
+
+
+@pytest.mark.usefixtures("flower_task")
+def test_a_server_that_is_gone_leaves_the_run_open_and_blames_no_client(
+    tiny_bert: Path, toy_data: Path, tmp_path: Path, undisturbed: dict[str, list[bytes]]
+) -> None:
+    """Its clients would count as refused, the round close without them, and the run be over."""
+    settings = settings_of("flora-bounded", tiny_bert, toy_data)
+    lost = nodes(tiny_bert, toy_data)
+    lost[1] = replace(lost[1], trains=lambda *_: httpx.ConnectError("gone"))
+    with open_registry(tmp_path) as registry:
+        with pytest.raises(ServerGone, match="gone"):
+            run_federation(InProcessGrid(lost), settings, registry, run_id=RUN)
+        assert registry.run(RUN).state == "running"
+        assert [each.state for each in registry.rounds(RUN)] == ["open"]
+        assert {each.status for each in registry.submissions(RUN)} <= {"accepted"}
+        run_federation(InProcessGrid(nodes(tiny_bert, toy_data)), settings, registry, run_id=RUN)
+        assert published(registry) == undisturbed["flora-bounded"]
 
 
 def test_a_run_that_failed_can_be_resumed_and_one_that_finished_cannot(tmp_path: Path) -> None:
