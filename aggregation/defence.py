@@ -33,10 +33,14 @@ def change(trained: AdapterWeights, *, start: Mapping[str, LoraFactors], heads: 
         heads: The global ones that it started from.
     """
     layers = {
-        name: stack([factors, start[name]], weights=[1.0, -1.0]) if name in start else factors
+        name: stack([_wide(factors), _wide(start[name])], weights=[1.0, -1.0]) if name in start else factors
         for name, factors in trained.layers.items()
     }
     return AdapterWeights(layers=layers, heads=head_changes(trained.heads, current=heads))
+
+
+def _wide(factors: LoraFactors) -> LoraFactors:
+    return LoraFactors(a=factors.a.double(), b=factors.b.double(), scale=factors.scale)  # scaled, float32 may overflow
 
 
 def defend(

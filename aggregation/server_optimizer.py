@@ -73,13 +73,12 @@ def server_step(
         if adam
     }
     sized = {
-        name: _times(factors, settings.learning_rate / _divisor(layer_moments.get(name), settings))
+        name: _times(factors, settings.step / _divisor(layer_moments.get(name), settings))
         for name, factors in momentum.layers.items()
     }
     layers, kept = aggregate_layers(before.layers, [sized], weights=[1.0], max_rank=max_rank, energy=energy)
     heads = {
-        name: before.heads[name]
-        + settings.learning_rate * step / (head_moments[name].sqrt() + settings.tau if adam else 1.0)
+        name: before.heads[name] + settings.step * step / (head_moments[name].sqrt() + settings.tau if adam else 1.0)
         for name, step in momentum.heads.items()
     }
     remembered = OptimizerState(momentum=momentum, layer_moments=layer_moments, head_moments=head_moments)

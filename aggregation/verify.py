@@ -62,6 +62,8 @@ class Expected:
         max_examples: Largest number of examples that a client may claim.
         max_rank: Largest rank that a client may have.
         rank_pattern: Of the run's training: which layers have another rank than their client.
+        factors_count: The strategy averages or keeps the factors themselves, so that each is held to
+            ``max_update_norm`` too: ``(B / c, c A)`` is the same update, and not the same mean.
     """
 
     run_id: str
@@ -72,6 +74,7 @@ class Expected:
     max_examples: int
     max_rank: int
     rank_pattern: RankPattern = ()
+    factors_count: bool = False
 
 
 def verify_update(update: AdapterUpdate, *, enrolment: Enrolment, expected: Expected) -> None:
@@ -187,9 +190,18 @@ def _wrong_size(update: AdapterUpdate, enrolment: Enrolment, expected: Expected)
     norm, limit = math.sqrt(squared), expected.max_update_norm
     if not norm <= limit:  # NaN is not
         yield f"Frobenius norm {norm:.6g} is above max_update_norm={limit:g}"
+    if expected.factors_count:
+        yield from _wrong_factors(layers, limit)
     # factors can be huge and cancel; what float64 leaves of their product is then rounding and proves nothing
     if not math.sqrt(squared + error) <= limit:
         yield f"its factors cancel so far that a norm within max_update_norm={limit:g} cannot be shown"
+
+
+def _wrong_factors(layers: Mapping[str, LoraFactors], limit: float) -> Iterator[str]:
+    for name, factors in layers.items():
+        sizes = float(factors.a.double().norm()), factors.scale * float(factors.b.double().norm())
+        if not max(sizes) <= limit:
+            yield f"the factors of layer {name!r} have norms {sizes[0]:.6g} and {sizes[1]:.6g}, above {limit:g}"
 
 
 def _squared_norm(layers: Mapping[str, LoraFactors], heads: Mapping[str, Tensor]) -> tuple[float, float]:

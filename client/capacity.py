@@ -116,7 +116,7 @@ def rank_for_time(*, seconds: float, at_rank_1: float, at_rank: tuple[int, float
         6
     """
     rank, longest = at_rank
-    if longest <= seconds:
+    if longest <= seconds or (rank == 1 and at_rank_1 <= seconds):
         return rank
     if at_rank_1 > seconds:
         return 0

@@ -116,7 +116,7 @@ class Trainer:
 
     def _train(self, request: TrainRequest, payload: bytes) -> Answer:
         model, data = self._prepare(request.invitation)
-        if request.rank > (largest := self._rank(request.invitation, model, data)):
+        if request.rank > (largest := self._largest_rank(request.invitation)):
             raise ConfigError(f"asked to train rank {request.rank}, this client takes at most {largest}")
         run_id, number = request.invitation.run_id, request.round_number
         trained = train_locally(
@@ -149,6 +149,12 @@ class Trainer:
         _log.info("%s: round %d, %d steps, training loss %.3f", update.client, number, trained.steps, trained.loss)
         untrained: Factor | None = {"both": None, "a": "b", "b": "a"}[request.trains]
         return "update", "{}", encode_update(update, without=untrained)
+
+    def _largest_rank(self, invitation: Invitation) -> int:
+        """Return the rank it enrolled with, as far as it knows: one that was measured is forgotten by a restart."""
+        if self._profile.rank is not None:
+            return self._profile.rank
+        return self._measured[1] if self._measured and self._measured[0] == invitation else invitation.max_rank
 
     def _rank(self, invitation: Invitation, model: AdaptedModel, data: Encoded) -> int:
         """Return the client's rank; measured once per run where it is not given."""

@@ -24,7 +24,7 @@ from pomona.coordinator.recovery import committed_rounds, known_members, unfinis
 from pomona.coordinator.replies import Puller, Reply, collect, server_gone
 from pomona.coordinator.strategy import Aggregate, LoraStrategy
 from pomona.coordinator.trusted import TrustedTrainer
-from pomona.errors import NotEnoughClients, PayloadError, PomonaError, ServerGone
+from pomona.errors import NotEnoughClients, PayloadError, PomonaError, RunFailed, ServerGone
 from pomona.failpoints import reach
 from pomona.lora_model import AdaptedModel, Scores
 from pomona.messages import pack, unpack
@@ -159,6 +159,7 @@ class _Federation:
     def _publish(self, number: int, aggregate: Aggregate) -> Version:
         settings, run_id = self._settings, self._invitation.run_id
         made = aggregate.combined
+        _check_finite(made.weights, number)
         scores = self._score(made.weights)
         energy = list(made.retained_energy.values()) or [1.0]
         payload = encode_weights(
@@ -188,6 +189,7 @@ class _Federation:
                     "energy": settings.aggregation.energy,
                     "max_length": settings.model.max_length,
                     "seed": settings.seed,
+                    **_options(settings),
                     **self._kept_state(),
                 },
                 metrics={
@@ -295,8 +297,24 @@ class _Federation:
         return list(self._grid.get_node_ids())
 
 
+def _options(settings: RunSettings) -> dict[str, object]:
+    """Return what a run chose besides its strategy."""
+    limits = settings.aggregation.model_dump(mode="json", exclude_defaults=True)
+    names = ("warm_start", "rank_partitioned", "self_pruning", "server_optimizer", "rank_schedule")
+    chosen: dict[str, object] = {name: limits[name] for name in names if name in limits}
+    return chosen | ({"defence": settings.defence.kind} if settings.defence.kind != "none" else {})
+
+
+def _check_finite(weights: AdapterWeights, number: int) -> None:
+    tensors = [tensor for each in weights.layers.values() for tensor in (each.a, each.b)]
+    if not all(bool(tensor.isfinite().all()) for tensor in (*tensors, *weights.heads.values())):
+        raise RunFailed(f"the aggregate of round {number} has NaN or an infinity; lower aggregation.max_update_norm")
+
+
 def _exactness(settings: RunSettings, energy: float) -> Exactness:
-    if not FACTS[settings.aggregation.strategy].exact:
+    limits = settings.aggregation
+    plain = limits.server_optimizer.kind == "fedavg" and limits.server_optimizer.step == 1.0
+    if not FACTS[limits.strategy].exact or limits.rank_partitioned or settings.defence.kind != "none" or not plain:
         return "approximate"
     return "exact" if energy >= 1.0 else "truncated"
 

@@ -16,7 +16,7 @@ from pomona.aggregation.robust import Defended, trusted
 from pomona.aggregation.server_optimizer import OptimizerState, server_step
 from pomona.aggregation.strategies import ADDING, BY_NAME
 from pomona.aggregation.strategies.contract import Assignment, Contribution, Rules
-from pomona.aggregation.strategies.hetlora import pruned
+from pomona.aggregation.strategies.hetlora import by_norm, pruned
 from pomona.aggregation.strategies.start import starting_factors
 from pomona.aggregation.weights import example_weights
 from pomona.errors import ConfigError, NotEnoughClients, PayloadError
@@ -224,10 +224,31 @@ class Method:
         defended = self._defended(weights, trained, shares, trusted_change)
         counted = [(each, weight) for each, weight in zip(trained, defended.weights, strict=True) if weight > 0.0]
         if not counted:
-            raise NotEnoughClients(f"round {round_number}: the defence trusts none of {len(trained)} updates")
+            return self._unchanged(accepted, shares, defended, weights, round_number)
         contributions = [Contribution(layers=each.layers, weight=weight) for each, weight in counted]
         made = self._strategy.aggregate(weights.layers, contributions, round_number=round_number, rules=self._rules)
-        return self._told(accepted, shares, defended, weights, made, self._heads(weights, counted), round_number)
+        told = self._told(accepted, shares, defended, weights, made, self._heads(weights, counted), round_number)
+        if self._settings.aggregation.strategy != "hetlora":
+            return told
+        used = [each.weight for each in by_norm(contributions)]  # it weighs by norm, not by examples
+        return replace(told, client_weights=dict(zip([each.client for each in accepted], used, strict=True)))
+
+    def _unchanged(
+        self,
+        accepted: Sequence[Accepted],
+        shares: Sequence[float],
+        defended: Defended,
+        weights: AdapterWeights,
+        round_number: int,
+    ) -> Combined:
+        """Return the global adapter as it is, where nobody is trusted."""
+        if not weights.layers:
+            raise NotEnoughClients(
+                f"round {round_number}: the defence trusts none of {len(accepted)} updates, and there is no adapter "
+                "yet to go on with"
+            )
+        made = dict(weights.layers), dict.fromkeys(weights.layers, 1.0)
+        return self._told(accepted, shares, defended, weights, made, dict(weights.heads), round_number)
 
     def _told(
         self,
@@ -296,7 +317,7 @@ class Method:
         self, before: AdapterWeights, after: AdapterWeights, energy: dict[str, float]
     ) -> tuple[AdapterWeights, dict[str, float]]:
         limits = self._settings.aggregation
-        if limits.server_optimizer.kind == "fedavg" and limits.server_optimizer.learning_rate == 1.0:
+        if limits.server_optimizer.kind == "fedavg" and limits.server_optimizer.step == 1.0:
             return after, energy
         weights, self._optimizer_state, kept = server_step(
             before,

@@ -129,7 +129,11 @@ def _name(number: int) -> str:
 
 
 def _fitted(settings: RunSettings, clients: int) -> RunSettings:
-    cohort = settings.cohort
+    cohort, limits, ranks = settings.cohort, settings.aggregation, settings.simulation.ranks
+    if not (limits.rank or 1) <= min(ranks) <= max(ranks) <= limits.max_rank:
+        raise ConfigError(
+            f"expected simulation.ranks from {limits.rank or 1} to aggregation.max_rank={limits.max_rank}, got {ranks}"
+        )
     if max(cohort.min_replies, cohort.size or 0) > clients:
         raise ConfigError(
             f"cohort.size={cohort.size} and cohort.min_replies={cohort.min_replies} can never be met "

@@ -31,6 +31,7 @@ from pomona.protocol import Invitation, Refusal, TrainRequest
 from pomona.settings import RunSettings
 from pomona.storage.records import NewSubmission, SubmissionStatus
 from pomona.storage.registry import Registry
+from pomona.strategies import FACTORS_COUNT
 from pomona.wire import decode_update, digest, encode_weights
 
 _log = logging.getLogger(__name__)
@@ -177,8 +178,7 @@ class LoraStrategy(Strategy):
             self._round.bytes_up += len(payload)
             update = self._verified(client, payload)
             trained = Trained(update, self._work_of(client))
-            report = update_spectrum(trained.change(self.weights.heads), heads=self._no_heads, median_norm=0.0)
-            self._record(client, payload, update, "accepted", "", summary(report))
+            self._record(client, payload, update, "accepted", "", self._spectrum(trained))
         except (PayloadError, VersionConflict) as error:
             reason = error.reason if isinstance(error, UpdateRejected) else str(error)
             _log.warning("round %d: the update of %s does not count: %s", self._round.number, client, reason)
@@ -190,6 +190,13 @@ class LoraStrategy(Strategy):
             client, update.num_examples, update.train_loss, partial(self._load, client, digest(payload))
         )
         return ""
+
+    def _spectrum(self, trained: Trained) -> dict[str, float]:
+        try:
+            report = update_spectrum(trained.change(self.weights.heads), heads=self._no_heads, median_norm=0.0)
+        except ValueError as error:
+            raise UpdateRejected(trained.update.client, f"what it changes cannot be measured: {error}") from error
+        return summary(report)
 
     def missed(self, client: str) -> None:
         """Record that a client did not answer in time."""
@@ -327,6 +334,7 @@ class LoraStrategy(Strategy):
             max_examples=limits.max_examples,
             max_rank=limits.max_rank,
             rank_pattern=self._settings.training.rank_pattern,
+            factors_count=limits.strategy in FACTORS_COUNT,
         )
         if client in self._round.accepted or update.nonce in self._seen_nonces or digest(payload) in self._seen_digests:
             raise UpdateRejected(client, "a second copy of an update that has been counted")

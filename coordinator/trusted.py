@@ -4,9 +4,11 @@ from dataclasses import replace
 
 from pomona.adapters import AdapterWeights
 from pomona.aggregation.defence import change
+from pomona.aggregation.verify import update_norm
 from pomona.client.train import train_locally
 from pomona.coordinator.method import Work
 from pomona.datasets import check_labels, load_dataset
+from pomona.errors import ConfigError
 from pomona.lora_model import AdaptedModel
 from pomona.protocol import Invitation
 from pomona.seeds import seed_of
@@ -48,6 +50,11 @@ class TrustedTrainer:
             trains=assignment.trains,
             initial=assignment.initial,
         ).weights
+        if update_norm(trained.layers, {}) == 0.0:
+            raise ConfigError(
+                f"the trusted data {self._settings.defence.trusted_data} change nothing, so nothing can be measured by "
+                "them; give more of them, or a higher learning rate"
+            )
         layers = {name: replace(each, scale=work.scale) for name, each in trained.layers.items()}
         return change(
             AdapterWeights(layers=layers, heads=trained.heads),

@@ -131,9 +131,17 @@ WRONG: dict[str, tuple[str, tuple[str, ...]]] = {
     "negative rank": ('name = "a"\n[simulation]\nranks = [-4]', ("simulation.ranks.0", "got -4")),
     "rank as a fraction": ('name = "a"\n[simulation]\nranks = [4.5]', ("simulation.ranks.0", "got 4.5")),
     "no ranks": ('name = "a"\n[simulation]\nranks = []', ("simulation.ranks", "at least 1 item")),
-    "rank above max_rank": (
-        'name = "a"\n[simulation]\nranks = [4, 65]',
-        ("simulation.ranks has 65, above aggregation.max_rank=64", "lower the rank or raise max_rank"),
+    "a server learning rate for a strategy that keeps its factors": (
+        'name = "a"\n[aggregation]\nstrategy = "ffa"\nrank = 4\nserver_optimizer.learning_rate = 0.5',
+        ("aggregation.server_optimizer is for ffa-nested, flora-bounded, got strategy='ffa'",),
+    ),
+    "a schedule and pruning": (
+        'name = "a"\n[aggregation]\nstrategy = "hetlora"\nrank_schedule = [[2, 4]]\nself_pruning = {}',
+        ("rank_schedule and aggregation.self_pruning contradict",),
+    ),
+    "trusted data that score the run": (
+        'name = "a"\n[data]\nsource = "x.csv"\n[defence]\nkind = "fltrust"\ntrusted_data = "x.csv"',
+        ("should be other data than those that score the run", "'x.csv'"),
     ),
     "max_rank 0": ('name = "a"\n[aggregation]\nmax_rank = 0', ("aggregation.max_rank", "got 0")),
     "energy 0": ('name = "a"\n[aggregation]\nenergy = 0.0', ("aggregation.energy", "got 0.0")),

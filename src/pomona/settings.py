@@ -176,17 +176,25 @@ class ServerOptimizerSettings(_Section):
 
     Attributes:
         kind: ``fedavg`` takes it as it is, ``fedavgm`` adds momentum, ``fedadam`` sizes the step of each layer too.
-        learning_rate: Of the server.
+        learning_rate: Of the server; None: 1 for ``fedavg`` and ``fedavgm``, 0.01 for ``fedadam``, whose steps do not
+            shrink with the change.
         momentum: ``beta_1``.
         beta_2: Memory of the second moment, for ``fedadam``.
         tau: Added to the root of the second moment, for ``fedadam``.
     """
 
     kind: Literal["fedavg", "fedavgm", "fedadam"] = "fedavg"
-    learning_rate: PositiveFloat = 1.0
+    learning_rate: PositiveFloat | None = None
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta_2: Annotated[float, Field(ge=0, lt=1)] = 0.99
     tau: PositiveFloat = 1e-3
+
+    @property
+    def step(self) -> float:
+        """The learning rate that holds."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return 1e-2 if self.kind == "fedadam" else 1.0
 
 
 class SelfPruningSettings(_Section):
@@ -242,6 +250,8 @@ class AggregationSettings(_Section):
             raise ValueError(f"aggregation.rank={self.rank} is above aggregation.max_rank={self.max_rank}; lower it")
         if self.rank_schedule and self.rank is not None:
             raise ValueError("aggregation.rank and aggregation.rank_schedule contradict each other; give one")
+        if self.rank_schedule and self.self_pruning is not None:
+            raise ValueError("aggregation.rank_schedule and aggregation.self_pruning contradict each other; give one")
         rounds = [number for number, _ in self.rank_schedule]
         if rounds != sorted(set(rounds)):
             raise ValueError(f"the rounds of aggregation.rank_schedule should ascend, got {rounds}")
@@ -249,7 +259,7 @@ class AggregationSettings(_Section):
             ("warm_start", self.warm_start, {"flora-bounded"}),
             ("rank_partitioned", self.rank_partitioned, REDISTRIBUTING),
             ("self_pruning", self.self_pruning is not None, {"hetlora"}),
-            ("server_optimizer", self.server_optimizer.kind != "fedavg", ADDING),
+            ("server_optimizer", self.server_optimizer != ServerOptimizerSettings(), ADDING),
         ):
             if given and name not in fitting:
                 raise ValueError(f"aggregation.{option} is for {', '.join(sorted(fitting))}, got strategy={name!r}")
@@ -346,11 +356,11 @@ class RunSettings(_Section):
         return self
 
     @model_validator(mode="after")
-    def _ranks_fit(self) -> Self:
-        if max(self.simulation.ranks) > self.aggregation.max_rank:
+    def _trusted_data_are_others(self) -> Self:
+        if self.defence.trusted_data and self.defence.trusted_data == self.data.source:
             raise ValueError(
-                f"simulation.ranks has {max(self.simulation.ranks)}, above "
-                f"aggregation.max_rank={self.aggregation.max_rank}; lower the rank or raise max_rank"
+                "defence.trusted_data should be other data than those that score the run, got "
+                f"{self.data.source!r} as both"
             )
         return self
 

@@ -134,4 +134,5 @@ STRATEGIES: tuple[StrategyFacts, ...] = (
 BY_NAME = {facts.name: facts for facts in STRATEGIES}
 EQUAL_RANK: frozenset[str] = frozenset(facts.name for facts in STRATEGIES if not facts.heterogeneous_ranks)
 REDISTRIBUTING: frozenset[str] = frozenset({"hetlora", "flexlora"})
+FACTORS_COUNT: frozenset[str] = frozenset({"flora", "fedit", "hetlora", "ffa", "rolora", "fedex"})
 ADDING: frozenset[str] = frozenset({"flora-bounded", "ffa-nested"})

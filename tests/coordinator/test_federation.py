@@ -460,7 +460,11 @@ def test_a_poisoned_update_moves_the_sum_little_and_is_named(
         run_federation(InProcessGrid(nodes(attacked=True)), plain, other, run_id=RUN)
         assert norm(weights_of(other, "toy/2")) > 10 * honest
     if defence["kind"] == "fltrust":
-        defence = {**defence, "trusted_data": str(toy_data)}
+        clean = tmp_path / "clean.csv"
+        clean.write_text(
+            "".join(r for r in toy_data.read_text().splitlines(keepends=True) if not r.endswith(",test\n"))
+        )
+        defence = {**defence, "trusted_data": str(clean)}
     defended = make_settings(rounds=2, cohort=cohort, aggregation=limits, defence=defence)
     run_federation(InProcessGrid(nodes(attacked=True)), defended, registry, run_id=RUN)
     assert norm(weights_of(registry, "toy/2")) < 2.5 * honest
@@ -1270,3 +1274,97 @@ def test_nested_ffa_asks_for_no_more_rows_than_a_layer_has_inputs(
     settings = make_settings(aggregation=limits, training={"rank_pattern": {"query": 2.0}})
     run_federation(InProcessGrid([node]), settings, registry, run_id=RUN)
     assert [request.rank for request, _ in node.asked] == [8], "16 inputs, twice the rank"
+
+
+def _with_first_entries(a: float, b: float) -> Tamper:
+    """Send factors that are zero but for one entry each."""
+
+    def tamper(_request: str, answer: Answer) -> Reply:
+        update = decode_update(answer[2])
+        layers = {}
+        for name, each in update.weights.layers.items():
+            down, up = torch.zeros_like(each.a), torch.zeros_like(each.b)
+            down[0, 0], up[0, 0] = a, b
+            layers[name] = LoraFactors(a=down, b=up)
+        weights = AdapterWeights(layers=layers, heads=update.weights.heads)
+        return answer[0], answer[1], encode_update(replace(update, weights=weights))
+
+    return tamper
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {},
+        {"warm_start": True},
+        {"strategy": "flora"},
+        {"strategy": "hetlora"},
+        {"strategy": "flexlora"},
+        {"strategy": "fedit", "rank": 3},
+        {"strategy": "fedex", "rank": 3},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("a", "b"), [(3e38, 1e-38), (1e-38, 3e38), (1e20, 1e-20), (1e6, 1e-6)])
+def test_factors_that_cancel_harm_their_sender_only(
+    limits: dict[str, object],
+    a: float,
+    b: float,
+    registry: Registry,
+    make_settings: MakeSettings,
+    make_profile: MakeProfile,
+) -> None:
+    """Their product is small, and neither their mean nor float32 knows that."""
+    nodes = [Node(make_profile(i, count=3, rank=3)) for i in range(3)]
+    nodes[2] = replace(nodes[2], trains=_with_first_entries(a, b))
+    versions = run_federation(InProcessGrid(nodes), make_settings(rounds=2, aggregation=limits), registry, run_id=RUN)
+    for number, version in enumerate(versions, start=1):
+        assert version.metrics["loss"] < 3.0
+        found = by_client(registry, number)
+        assert [found[f"client-{i}"].status for i in (0, 1)] == ["accepted"] * 2
+
+
+def test_where_nobody_is_trusted_the_adapter_stays_as_it_is(
+    registry: Registry, tmp_path: Path, make_settings: MakeSettings, make_profile: MakeProfile, toy_data: Path
+) -> None:
+    """From the second round on every client sends the reverse of what it learned."""
+
+    def reversed_later(request: str, answer: Answer) -> Reply:
+        later = TrainRequest.model_validate_json(request).round_number > 1
+        return _scaled_up(1.0)(request, answer) if later else answer
+
+    clean = tmp_path / "clean.csv"
+    clean.write_text("".join(r for r in toy_data.read_text().splitlines(keepends=True) if not r.endswith(",test\n")))
+    nodes = [Node(make_profile(i, count=2, rank=3), trains=reversed_later) for i in range(2)]
+    settings = make_settings(
+        rounds=2,
+        training={"max_steps": 4, "head_learning_rate": 1e-9},
+        defence={"kind": "fltrust", "trusted_data": str(clean)},
+    )
+    run_federation(InProcessGrid(nodes), settings, registry, run_id=RUN)
+    assert_equal(weights_of(registry, "toy/2"), weights_of(registry, "toy/1"))
+    assert {each.status for each in registry.submissions(RUN, 2)} == {"quarantined"}
+
+
+@pytest.mark.parametrize(
+    ("sections", "exactness"),
+    [
+        ({"aggregation": {"max_rank": 64}}, "exact"),
+        ({"aggregation": {"max_rank": 64, "server_optimizer": {"kind": "fedavgm"}}}, "approximate"),
+        ({"aggregation": {"max_rank": 64}, "defence": {"kind": "norm-bounding"}}, "approximate"),
+        ({"aggregation": {"max_rank": 64, "strategy": "flexlora", "rank_partitioned": True}}, "approximate"),
+    ],
+    ids=str,
+)
+def test_what_is_not_the_mean_of_what_clients_trained_does_not_say_exact(
+    sections: dict[str, dict[str, object]],
+    exactness: str,
+    registry: Registry,
+    make_settings: MakeSettings,
+    make_profile: MakeProfile,
+) -> None:
+    nodes = [Node(make_profile(i, count=2, rank=3)) for i in range(2)]
+    (version,) = run_federation(InProcessGrid(nodes), make_settings(**sections), registry, run_id=RUN)
+    assert version.exactness == exactness
+    chosen = {**sections["aggregation"], **sections.get("defence", {})}
+    assert all(name in version.recipe for name in ("server_optimizer", "rank_partitioned") if name in chosen)
