@@ -1368,3 +1368,51 @@ def test_what_is_not_the_mean_of_what_clients_trained_does_not_say_exact(
     assert version.exactness == exactness
     chosen = {**sections["aggregation"], **sections.get("defence", {})}
     assert all(name in version.recipe for name in ("server_optimizer", "rank_partitioned") if name in chosen)
+
+
+def test_options_of_the_run_file_reach_the_aggregation(
+    tmp_path: Path, make_settings: MakeSettings, make_profile: MakeProfile
+) -> None:
+    """Each changes what is published or asked for; one that is lost on the way would change nothing."""
+
+    def published(number: int, **sections: Mapping[str, object]) -> tuple[AdapterWeights, list[int], list[float]]:
+        nodes = [Node(make_profile(i, count=3, rank=rank)) for i, rank in enumerate((2, 4, 3))]
+        nodes[0] = Node(replace(make_profile(0, count=9, rank=2), name="client-0"))  # fewer examples than the others
+        with open_registry(tmp_path / str(number)) as registry:
+            run_federation(InProcessGrid(nodes), make_settings(rounds=2, **sections), registry, run_id=RUN)
+            shares = [each.weight or 0.0 for each in registry.submissions(RUN, 2)]
+            return weights_of(registry, "toy/2"), [node.asked[1][0].trainable for node in nodes], shares
+
+    plain, trainable, shares = published(0)
+    assert trainable == [0, 0, 0]
+    assert len(set(shares)) == 2
+    _, trainable, _ = published(1, aggregation={"warm_start": True})
+    assert trainable == [2, 4, 3]
+    cut, _, _ = published(2, aggregation={"energy": 0.5})
+    assert max(each.rank for each in cut.layers.values()) < max(each.rank for each in plain.layers.values())
+    _, _, shares = published(3, defence={"kind": "norm-bounding", "equal_weights": True, "norm_factor": 100.0})
+    assert shares == [1 / 3] * 3
+    padded, _, _ = published(4, aggregation={"strategy": "hetlora"})
+    partitioned, _, _ = published(5, aggregation={"strategy": "hetlora", "rank_partitioned": True})
+    name = next(iter(padded.layers))
+    assert not torch.allclose(padded.layers[name].delta(), partitioned.layers[name].delta(), rtol=0.01)
+
+
+def test_a_defence_bounds_heads_too(tmp_path: Path, make_settings: MakeSettings, make_profile: MakeProfile) -> None:
+    """The mean of scaled weights would be normalised again, and the poisoned head count in full."""
+
+    def poisoned(_request: str, answer: Answer) -> Reply:
+        update = decode_update(answer[2])
+        heads = {name: head + 50.0 for name, head in update.weights.heads.items()}
+        return answer[0], answer[1], encode_update(replace(update, weights=replace(update.weights, heads=heads)))
+
+    moved = []
+    for number, defence in enumerate(({}, {"kind": "norm-bounding"})):
+        nodes = [Node(make_profile(i, count=5)) for i in range(5)]
+        nodes[4] = replace(nodes[4], trains=poisoned)
+        with open_registry(tmp_path / str(number)) as registry:
+            settings = make_settings(cohort={"min_replies": 5}, defence=defence)
+            run_federation(InProcessGrid(nodes), settings, registry, run_id=RUN)
+            moved.append(max(float(head.abs().max()) for head in weights_of(registry, "toy/1").heads.values()))
+    assert moved[0] > 5.0
+    assert moved[1] < 0.5
