@@ -3,7 +3,8 @@
 One 4096 x 4096 layer, float32 updates of the ranks of FLoRA's paper (64,32,16,16,8,8,4,4,4,4, repeated) or of rank 16
 throughout, cut back to rank 64. The clients agree in 32 directions and have noise of their own. Compared:
 
-* ``streaming``: updates folded in as they arrive (guard rank 80, blocks of 80), in float32 and in float64;
+* ``flora-bounded``: what a coordinator runs, the whole aggregation of a first round, updates read one by one;
+* ``streaming``: the fold alone with its own SVD (guard rank 80, blocks of 80), in float32 and in float64;
 * ``one-shot``: all updates stacked, then recompressed (float64);
 * ``dense-svd``: the dense sum and its SVD, which is FlexLoRA's way (Bai et al. 2024, arXiv:2402.11505);
 * ``hlora``: NVIDIA FLARE's HLoRA aggregator (examples/advanced/medgemma, after arXiv:2503.00813), written anew from its
@@ -45,6 +46,8 @@ from torch import Tensor
 from pomona import __version__
 from pomona.adapters import LoraFactors
 from pomona.aggregation.flora import recompress, stack
+from pomona.aggregation.strategies import flora_bounded
+from pomona.aggregation.strategies.contract import Contribution, Rules
 from pomona.aggregation.streaming import StackAccumulator
 
 RESULTS = Path(__file__).parent / "results" / "aggregation.json"
@@ -82,7 +85,8 @@ def pieces(*, quick: bool) -> list[Piece]:
     if quick:
         found = [Piece(method=each, mix="ragged", clients=10, size=768) for each in METHODS if each != "side-by-side"]
         return [*found, *(Piece(method="streaming", mix="rank16", clients=n, size=768) for n in (10, 100))]
-    found = [Piece(method="streaming", mix=mix, clients=n) for mix in RANKS for n in (10, 30, 100, 300, 1000)]
+    found = [Piece(method="flora-bounded", mix=mix, clients=n) for mix in RANKS for n in (10, 100, 1000)]
+    found += [Piece(method="streaming", mix=mix, clients=n) for mix in RANKS for n in (10, 30, 100, 300, 1000)]
     found += [Piece(method="streaming-f64", mix="rank16", clients=n) for n in (10, 100, 1000)]
     for mix, counts in (("ragged", (10, 30, 100)), ("rank16", (10, 100))):
         found += [Piece(method=each, mix=mix, clients=n) for n in counts for each in ("one-shot", "hlora")]
@@ -156,6 +160,26 @@ def streaming(
     facts = {"held_mb": total.nbytes / 1e6, "retained_energy": retained}
     facts |= {"error_bound": total.error_bound, "estimated_error": total.estimated_error}
     return Outcome(factors, seconds, facts)
+
+
+def shipped(clients: Clients, clock: Clock) -> Outcome:
+    """Aggregate as a coordinator does; making the clients is not counted."""
+    making = 0.0
+
+    def contributions() -> Iterator[Contribution]:
+        nonlocal making
+        made, total = iter(clients), sum(100.0 + 50 * (i % 7) for i in range(len(clients.ranks)))
+        for _ in clients.ranks:
+            began = clock()
+            update, weight = next(made)
+            making += clock() - began
+            yield Contribution(layers={"layer": update}, weight=weight / total)
+            del update
+
+    rules = Rules(shapes={"layer": (clients.size, clients.size)}, max_rank=MAX_RANK)
+    began = clock()
+    layers, kept = flora_bounded.aggregate({}, contributions(), round_number=1, rules=rules)
+    return Outcome(layers["layer"], clock() - began - making, {"retained_energy": kept["layer"]})
 
 
 def side_by_side(clients: Clients, clock: Clock) -> Outcome:
@@ -244,6 +268,7 @@ def peft(clients: Clients, clock: Clock, kind: str) -> Outcome:
 
 
 METHODS: dict[str, Callable[[Clients, Clock], Outcome]] = {
+    "flora-bounded": shipped,
     "streaming": streaming,
     "streaming-f64": partial(streaming, dtype=torch.float64),
     "side-by-side": side_by_side,
@@ -457,7 +482,10 @@ def summarise(runs: Sequence[dict[str, Any]]) -> dict[str, float]:
             found[f"time, {method} / streaming, {where}"] = cost(run) / cost(own)
             memory = run["peak_above_start_mb"] / own["peak_above_start_mb"]
             found[f"peak above start, {method} / streaming, {where}"] = memory
-        if few and clients == 1000 and method.startswith("streaming"):
+        shipped_too = known.get(("flora-bounded", mix, clients, size, threads))
+        if shipped_too and method in {"dense-svd", "peft-svd", "peft-cat", "hlora"}:
+            found[f"time, {method} / flora-bounded, {where}"] = cost(run) / cost(shipped_too)
+        if few and clients == 1000 and method.startswith(("streaming", "flora-bounded")):
             found[f"time per client, {method}, {where} / 10 clients"] = run["ms_per_client"] / (
                 run["reference_ms_per_client"] if method == "streaming" else few["ms_per_client"]
             )
@@ -469,7 +497,7 @@ def summarise(runs: Sequence[dict[str, Any]]) -> dict[str, float]:
         peer = known.get(("hlora", mix, 10, size, threads))
         if peer and clients == 1000 and method == "streaming":
             found[f"time per client, {method}, {where} / hlora, 10 clients"] = cost(run) / cost(peer)
-        if (method, clients) in {("streaming", 1000), ("dense-svd", 10)} and size == 4096:
+        if (method, clients) in {("flora-bounded", 1000), ("streaming", 1000), ("dense-svd", 10)} and size == 4096:
             found[f"projected minutes for {LAYERS} layers, {method}, {where}"] = run["seconds"] * LAYERS / 60
     return found
 
