@@ -59,7 +59,7 @@ def aggregate(
 
 def kept_rank(rank: int, rules: Rules) -> int:
     """Return the rank that a client has without its tail, at least 1."""
-    return max(1, int(rules.self_pruning.decay * rank)) if rules.self_pruning else rank
+    return max(1, math.floor(rules.self_pruning.decay * rank + 1e-9)) if rules.self_pruning else rank
 
 
 def pruned(start: Layers, trained: Layers, *, rank: int, rules: Rules) -> tuple[int, Layers]:

@@ -8,7 +8,6 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 StrategyName = Literal["flora-bounded", "flora", "fedit", "hetlora", "ffa", "ffa-nested", "rolora", "flexlora", "fedex"]
-ClientDp = Literal["yes", "no"]
 
 
 class StrategyFacts(BaseModel):

@@ -102,3 +102,22 @@ def test_a_layer_that_first_changes_later_is_taken_up() -> None:
     assert same.layers == {}
     after, _, _ = server_step(same, added(same, weights(1)), state, settings=options, max_rank=4, energy=1.0)
     assert_close(dense(after), dense(weights(1)), rtol=1e-5, atol=1e-6)
+
+
+def test_what_truncation_costs_is_told_and_energy_is_heeded() -> None:
+    before, after = weights(0, rank=6), added(weights(0, rank=6), weights(1, rank=2))
+    options = ServerOptimizerSettings(kind="fedavgm")
+    cut, _, kept = server_step(before, after, OptimizerState(), settings=options, max_rank=4, energy=1.0)
+    whole = dense(after).double()
+    assert list(kept.values()) == pytest.approx(
+        [1.0 - float((dense(cut) - whole).norm() / whole.norm()) ** 2], abs=1e-4
+    )
+    half, _, _ = server_step(before, after, OptimizerState(), settings=options, max_rank=WHOLE, energy=0.5)
+    assert half.rank < 6
+
+
+def test_fedadam_takes_small_steps_unless_told_otherwise() -> None:
+    """Its steps do not shrink with the change: at rate 1 each would be as long as the layer allows."""
+    assert ServerOptimizerSettings(kind="fedadam").step == 0.01
+    assert ServerOptimizerSettings(kind="fedavgm").step == 1.0
+    assert ServerOptimizerSettings(kind="fedadam", learning_rate=0.3).step == 0.3

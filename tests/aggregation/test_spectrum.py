@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pomona.adapters import AdapterWeights, LoraFactors
 from pomona.aggregation.geometry import gram_matrix, norms
-from pomona.aggregation.spectrum import LayerSpectrum, layer_spectrum, update_spectrum
+from pomona.aggregation.spectrum import LayerSpectrum, layer_spectrum, summary, update_spectrum
 
 SCALES = st.floats(0.001, 4) | st.floats(-4, -0.001)
 
@@ -223,3 +223,12 @@ def test_a_report_is_json(median_norm: float) -> None:
     assert set(read) == {"layers", "norm", "relative_norm"}
     assert read["relative_norm"] == report.relative_norm
     json.dumps(dataclasses.asdict(update_spectrum(AdapterWeights(), heads={}, median_norm=1.0)), allow_nan=False)
+
+
+def test_a_summary_has_medians_over_the_layers_that_change() -> None:
+    """One odd layer among many is seen in the largest share, and does not decide the ranks."""
+    one = LoraFactors(a=torch.eye(4)[:1], b=torch.eye(4)[:, :1])
+    even = LoraFactors(a=torch.eye(4), b=torch.eye(4))
+    layers = {"a": one, "b": even, "c": even, "d": LoraFactors(a=torch.eye(4), b=torch.zeros(4, 4))}
+    found = summary(update_spectrum(AdapterWeights(layers=layers), heads={}, median_norm=0.0))
+    assert found == pytest.approx({"norm": 3.0, "stable_rank": 4.0, "effective_rank": 4.0, "top_share": 1.0})

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from pomona.adapters import LoraFactors
 from pomona.aggregation.flora import recompress
 from pomona.aggregation.strategies import BY_NAME
-from pomona.aggregation.strategies.contract import Assignment, Contribution, Rules, Strategy
+from pomona.aggregation.strategies.contract import Assignment, Contribution, Rules, Strategy, leading
 from pomona.aggregation.strategies.start import starting_factors
 from pomona.seeds import fresh_a, orthonormal_a
 from pomona.settings import TrainingSettings
@@ -439,3 +439,42 @@ def test_the_residual_of_fedex_is_no_larger_than_it_must_be(clients: int, rank: 
 
     assert published(lambda: torch.randn(rank, 30, generator=generator)) == rank + (clients - 1) * rank
     assert published(shared.clone) == rank
+
+
+def test_flexlora_puts_the_singular_values_into_b() -> None:
+    """As its code does; a client's step in A would otherwise be sized by them."""
+    rule = rules()
+    _, _, state = run("flexlora", [4, 4], rule, rounds=1)
+    given = BY_NAME["flexlora"].assign(state, rank=3, round_number=2, rules=rule).layers
+    for name, factors in given.items():
+        assert_close(factors.a @ factors.a.T, torch.eye(3), rtol=1e-4, atol=1e-4)
+        assert_close(dense({name: factors})[name], dense({name: leading(state[name], 3)})[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_component_whose_only_holder_changed_nothing_is_no_number_by_zero() -> None:
+    """HetLoRA weighs by norm: the only client that has the last rows may weigh nothing."""
+    shape = {"q": (6, 5)}
+    idle = Contribution(layers={"q": LoraFactors(a=torch.ones(4, 5), b=torch.zeros(6, 4))}, weight=0.5)
+    busy = Contribution(layers={"q": LoraFactors(a=torch.ones(2, 5), b=torch.ones(6, 2))}, weight=0.5)
+    layers, _ = BY_NAME["hetlora"].aggregate(
+        {}, [idle, busy], round_number=1, rules=Rules(shapes=shape, rank_partitioned=True)
+    )
+    assert_close(layers["q"].delta(), busy.layers["q"].delta())
+
+
+@pytest.mark.parametrize("training", [{"alpha": 8.0}, {"alpha": 8.0, "rslora": True}, {"rslora": True}], ids=str)
+def test_a_client_starts_from_its_part_of_the_global_adapter_whatever_its_scale(training: dict[str, object]) -> None:
+    """With layers of other ranks too: the scale is the client's, and not the layer's."""
+    chosen = TrainingSettings.model_validate({**training, "rank_pattern": {next(iter(SHAPES)): 2.0}})
+    rule = rules(training=chosen, warm_start=True)
+    generator = torch.Generator().manual_seed(0)
+    state = {
+        name: LoraFactors(a=torch.randn(8, in_, generator=generator), b=torch.randn(out, 8, generator=generator))
+        for name, (out, in_) in SHAPES.items()
+    }
+    assignment = BY_NAME["flora-bounded"].assign(state, rank=3, round_number=2, rules=rule)
+    started = starting_factors(assignment, rule)
+    scale = 8.0 / 3 if training == {"alpha": 8.0} else 8.0 / 3**0.5 if "alpha" in training else 2.0 * 3**0.5
+    for number, (name, factors) in enumerate(started.items()):
+        assert factors.scale == pytest.approx(scale)
+        assert_close(factors.delta(), leading(state[name], 6 if number == 0 else 3).delta(), rtol=1e-4, atol=1e-4)
