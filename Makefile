@@ -75,7 +75,7 @@ $(STAMP): pyproject.toml constraints.txt
 		|| echo "that did not work; going on with torch from the package index (some GB more on Linux)"; \
 	fi
 	@echo "installing pomona and what it needs"
-	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,dev]'
+	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,postgres,dev]'
 	@touch $@
 	@echo "$(VENV) is ready"
 

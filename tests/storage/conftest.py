@@ -1,12 +1,16 @@
-"""A registry in a temporary folder, and the shortest way to a published version."""
+"""A registry on either database, and the shortest way to a published version."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import save
+from tests.postgresql import empty_tables, fresh_database, own_server
 
+from pomona.storage import schema
+from pomona.storage.engine import create_engine
 from pomona.storage.records import NewSubmission, NewVersion, SubmissionStatus, Version
 from pomona.storage.registry import Registry, open_registry
 
@@ -28,8 +32,50 @@ def home(tmp_path: Path) -> Path:
     return tmp_path / "home"
 
 
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[str]:
+    """The URL of a PostgreSQL server; one is started unless POMONA_TEST_POSTGRES_URL names one."""
+    if named := os.environ.get("POMONA_TEST_POSTGRES_URL"):
+        yield named
+        return
+    try:
+        with own_server() as server:
+            yield server.url
+    except FileNotFoundError as error:
+        if os.environ.get("POMONA_TEST_POSTGRES") == "required":
+            raise
+        pytest.skip(f"NOT TESTED ON POSTGRESQL: {error}")
+
+
+@pytest.fixture(scope="session")
+def migrated(postgresql: str) -> Iterator[str]:
+    """A database of that server with the registry's tables."""
+    with fresh_database(postgresql) as url:
+        engine = create_engine(url, read_only=False)
+        schema.prepare(engine, lock=None, read_only=False)
+        engine.dispose()
+        yield url
+
+
 @pytest.fixture
-def registry(home: Path) -> Iterator[Registry]:
+def url(postgresql: str) -> Iterator[str]:
+    """An empty database of PostgreSQL."""
+    with fresh_database(postgresql) as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, _no_surroundings: None) -> str:
+    """Which database ``open_registry`` takes when no URL is said; see SQLITE_ONLY in tests/storage/filling.py."""
+    if request.param == "postgresql":
+        url = request.getfixturevalue("migrated")
+        empty_tables(url)
+        monkeypatch.setenv("POMONA_REGISTRY_URL", url)
+    return str(request.param)
+
+
+@pytest.fixture
+def registry(home: Path, backend: str) -> Iterator[Registry]:
     with open_registry(home) as registry:
         registry.add_base_model(BASE, "tiny-base", "a test")
         registry.start_run(run_id="run-1", adapter="demo", base_sha256=BASE, settings_json="{}")

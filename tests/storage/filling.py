@@ -1,20 +1,20 @@
 """A registry's rows without its rounds: many versions at once, on either database."""
 
-import os
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+import pytest
 import sqlalchemy as sa
+from tests.postgresql import fresh_database
 
 from pomona.storage import schema
 from pomona.storage import tables as t
 from pomona.storage.engine import create_engine
 
-SERVER = os.environ.get("POMONA_TEST_POSTGRES_URL", "")
+SQLITE_ONLY = pytest.mark.parametrize("backend", ["sqlite"], indirect=True)
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 
 
@@ -39,18 +39,13 @@ class Entry:
 
 
 @contextmanager
-def database(kind: str, folder: Path) -> Iterator[sa.Engine]:
+def database(kind: str, folder: Path, request: pytest.FixtureRequest) -> Iterator[sa.Engine]:
     """Lend an empty, migrated database; one of PostgreSQL is dropped afterwards."""
     if kind == "sqlite":
         yield from _prepared(f"sqlite:///{folder / 'registry.db'}")
         return
-    name = f"pomona_test_{secrets.token_hex(6)}"
-    server = create_engine(SERVER, read_only=False).execution_options(isolation_level="AUTOCOMMIT")
-    with server.connect() as connection:
-        connection.execute(sa.text(f"CREATE DATABASE {name}"))
-        yield from _prepared(server.url.set(database=name).render_as_string(hide_password=False))
-        connection.execute(sa.text(f"DROP DATABASE {name} WITH (FORCE)"))
-    server.dispose()
+    with fresh_database(request.getfixturevalue("postgresql")) as url:
+        yield from _prepared(url)
 
 
 def _prepared(url: str) -> Iterator[sa.Engine]:

@@ -25,6 +25,12 @@ Submit = Callable[..., NewSubmission]
 
 
 @pytest.fixture
+def backend() -> str:
+    """PostgreSQL has its own tools."""
+    return "sqlite"
+
+
+@pytest.fixture
 def backup(registry: Registry, publish: Publish, tmp_path: Path) -> Path:
     publish(1)
     publish(2)

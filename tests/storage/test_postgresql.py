@@ -1,7 +1,5 @@
-"""The same promises on PostgreSQL, on databases made on the server that POMONA_TEST_POSTGRES_URL names."""
+"""What only PostgreSQL does, or does in another way; the other tests of this folder run on it too."""
 
-import os
-import secrets
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,23 +21,9 @@ from pomona.storage.schema import alembic_config
 from pomona.storage.tables import metadata
 from pomona.storage.verification import verify
 
-SERVER = os.environ.get("POMONA_TEST_POSTGRES_URL", "")
-pytestmark = pytest.mark.skipif(not SERVER, reason="POMONA_TEST_POSTGRES_URL is not set")
-
 BASE = "b" * 64
 Submit = Callable[..., NewSubmission]
 Make = Callable[..., NewVersion]
-
-
-@pytest.fixture
-def url() -> Iterator[str]:
-    name = f"pomona_test_{secrets.token_hex(6)}"
-    server = create_engine(SERVER, read_only=False).execution_options(isolation_level="AUTOCOMMIT")
-    with server.connect() as connection:
-        connection.execute(sa.text(f"CREATE DATABASE {name}"))
-        yield server.url.set(database=name).render_as_string(hide_password=False)
-        connection.execute(sa.text(f"DROP DATABASE {name} WITH (FORCE)"))
-    server.dispose()
 
 
 @pytest.fixture

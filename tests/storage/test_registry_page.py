@@ -8,7 +8,7 @@ import pytest
 import sqlalchemy as sa
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.storage.filling import SERVER, database
+from tests.storage.filling import database
 
 from pomona.storage.blobs import BlobStore
 from pomona.storage.diagram import er_diagram, redrawn
@@ -27,10 +27,8 @@ QUERIES = re.findall(r"```sql\n(.*?)```", PAGE, re.DOTALL)
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])
 def connection(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[sa.Connection]:
     """Two adapters with three rounds each, one of them failed; notes on some versions."""
-    if request.param == "postgresql" and not SERVER:
-        pytest.skip("POMONA_TEST_POSTGRES_URL is not set")
     folder = tmp_path_factory.mktemp("page")
-    with database(request.param, folder) as engine:
+    with database(request.param, folder, request) as engine:
         registry = Registry(engine, BlobStore(folder / "blobs"))
         registry.add_base_model(BASE, "tiny-base", "a test")
         for adapter in ("demo", "other"):

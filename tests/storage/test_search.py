@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy.dialects import postgresql, sqlite
-from tests.storage.filling import NOW, SERVER, Entry, base_sha256, database, fill
+from tests.storage.filling import NOW, Entry, base_sha256, database, fill
 
 from pomona.errors import ConfigError
 from pomona.storage.fields import FIELDS
@@ -209,9 +209,7 @@ orders = st.lists(st.tuples(st.sampled_from(ORDERABLE), st.booleans()), max_size
 
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[sa.Engine]:
-    if request.param == "postgresql" and not SERVER:
-        pytest.skip("POMONA_TEST_POSTGRES_URL is not set")
-    with database(request.param, tmp_path_factory.mktemp("search")) as engine:
+    with database(request.param, tmp_path_factory.mktemp("search"), request) as engine:
         yield engine
 
 
