@@ -343,16 +343,20 @@ def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor
 
 
 def _largest_rank(settings: RunSettings, manifest: AdapterManifest) -> int:
-    """Return the largest rank that a client may train: as many orthonormal rows as every layer has room for."""
-    most, training = settings.aggregation.max_rank, settings.training
-    if settings.aggregation.strategy != "ffa-nested":
+    """Return the largest rank that a client may train.
+
+    Nested FFA trains orthonormal rows, no more than a layer has inputs; HetLoRA's global adapter is as wide as its
+    widest client in every layer.
+    """
+    most, training, strategy = settings.aggregation.max_rank, settings.training, settings.aggregation.strategy
+    room = {name: in_ if strategy == "ffa-nested" else most for name, (_, in_) in manifest.layers.items()}
+    if strategy not in {"ffa-nested", "hetlora"}:
         return most
     for rank in range(most, 0, -1):
-        if all(training.layer_rank(name, rank) <= in_ for name, (_, in_) in manifest.layers.items()):
+        if all(training.layer_rank(name, rank) <= room[name] for name in room):
             return rank
     raise ConfigError(
-        "ffa-nested trains orthonormal rows, no more than a layer has inputs; training.rank_pattern asks for more even "
-        "of a client of rank 1: lower it"
+        f"training.rank_pattern makes a layer wider than {strategy} allows even for a client of rank 1: lower it"
     )
 
 

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from pomona.errors import ConfigError
 from pomona.ranks import check_pattern, fits, layer_rank
-from pomona.settings import RunSettings, TrainingSettings, parse_settings
+from pomona.run_file import parse_settings
+from pomona.settings import RunSettings, TrainingSettings
 
 QUERY = "encoder.layer.0.attention.self.query"
 OUTPUT = "encoder.layer.0.attention.output.dense"

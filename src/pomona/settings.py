@@ -1,11 +1,8 @@
 """All settings of a run. Frozen, closed, and checked before the first byte is sent."""
 
-import difflib
 import math
-import tomllib
 from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Self, get_args
+from typing import Annotated, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -17,16 +14,11 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    ValidationError,
     model_validator,
 )
 
-from pomona.errors import ConfigError
 from pomona.ranks import RankPattern, layer_rank
 from pomona.strategies import ADDING, EQUAL_RANK, REDISTRIBUTING, StrategyName
-
-if TYPE_CHECKING:
-    from pydantic_core import ErrorDetails
 
 RankFactor = Annotated[float, Field(gt=0, le=16)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -35,6 +27,10 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 def _pairs(given: object) -> object:
+    if isinstance(given, Mapping):
+        for name, inner in given.items():
+            if isinstance(inner, Mapping) and inner:
+                raise ValueError(f"a name with dots needs quotes in TOML, as in '{name}.{next(iter(inner))}' = …")
     return tuple(given.items()) if isinstance(given, Mapping) else given
 
 
@@ -46,6 +42,11 @@ def _distinct(pattern: RankPattern) -> RankPattern:
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def _changed(section: _Section, name: str) -> bool:
+    """Return whether a setting differs from its default; one that is read back from a record is always set."""
+    return bool(getattr(section, name) != type(section).model_fields[name].default)
 
 
 class ModelSettings(_Section):
@@ -158,6 +159,14 @@ class TrainingSettings(_Section):
     rslora: bool = False
     rank_pattern: Annotated[tuple[tuple[str, RankFactor], ...], BeforeValidator(_pairs), AfterValidator(_distinct)] = ()
 
+    @model_validator(mode="after")
+    def _one_alpha(self) -> Self:
+        if self.alpha is not None and _changed(self, "alpha_per_rank"):
+            raise ValueError(
+                f"give training.alpha or training.alpha_per_rank, not both; got {self.alpha} and {self.alpha_per_rank}"
+            )
+        return self
+
     def layer_rank(self, module: str, rank: int) -> int:
         """Return the rank of one layer on a client of this rank."""
         return layer_rank(self.rank_pattern, module, rank)
@@ -189,6 +198,14 @@ class ServerOptimizerSettings(_Section):
     beta_2: Annotated[float, Field(ge=0, lt=1)] = 0.99
     tau: PositiveFloat = 1e-3
 
+    @model_validator(mode="after")
+    def _kind_has_them(self) -> Self:
+        unused = {"fedavg": ("momentum", "beta_2", "tau"), "fedavgm": ("beta_2", "tau"), "fedadam": ()}[self.kind]
+        if given := [name for name in unused if _changed(self, name)]:
+            names = ", ".join(given)
+            raise ValueError(f"{names} would change nothing with kind={self.kind!r}; leave out or change kind")
+        return self
+
     @property
     def step(self) -> float:
         """The learning rate that holds."""
@@ -217,7 +234,8 @@ class AggregationSettings(_Section):
         rank: Rank that all clients train, for strategies that need equal ranks; the others take each client's own.
         max_rank: Rank of the global adapter, and the most a client may have.
         rank_schedule: ``[[round, rank], ...]``: from that round on clients train at most that rank; rounds ascend.
-        energy: Keep the smallest rank whose singular values hold this share of the energy.
+        energy: Keep the smallest rank whose singular values hold this share of the energy, for ``flora-bounded``,
+            ``ffa-nested`` and ``flexlora``; the others truncate nothing.
         max_update_norm: Refuse an update with a larger Frobenius norm over all its layers and heads.
         max_examples: Refuse an update that claims more examples.
         warm_start: Clients go on from the largest components of the global adapter, for ``flora-bounded``.
@@ -260,6 +278,7 @@ class AggregationSettings(_Section):
             ("rank_partitioned", self.rank_partitioned, REDISTRIBUTING),
             ("self_pruning", self.self_pruning is not None, {"hetlora"}),
             ("server_optimizer", self.server_optimizer != ServerOptimizerSettings(), ADDING),
+            ("energy", self.energy < 1.0, ADDING | {"flexlora"}),
         ):
             if given and name not in fitting:
                 raise ValueError(f"aggregation.{option} is for {', '.join(sorted(fitting))}, got strategy={name!r}")
@@ -292,6 +311,8 @@ class DefenceSettings(_Section):
                 "defence.attackers goes with multi-krum and trimmed-mean, at least 1, and with no other; "
                 f"got kind={self.kind!r} and attackers={self.attackers}"
             )
+        if self.kind != "norm-bounding" and _changed(self, "norm_factor"):
+            raise ValueError(f"defence.norm_factor goes with norm-bounding and with no other; got kind={self.kind!r}")
         if (self.kind == "fltrust") != bool(self.trusted_data):
             raise ValueError(
                 "defence.trusted_data goes with fltrust and with no other; "
@@ -356,6 +377,17 @@ class RunSettings(_Section):
         return self
 
     @model_validator(mode="after")
+    def _ranks_stay_within(self) -> Self:
+        rank, most = self.aggregation.rank, self.aggregation.max_rank
+        for name, _ in self.training.rank_pattern if rank is not None else ():
+            if (wide := self.training.layer_rank(name, rank or 1)) > most:
+                raise ValueError(
+                    f"training.rank_pattern makes the rank of {name!r} {wide}, above aggregation.max_rank={most}; "
+                    "lower the pattern or aggregation.rank"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _trusted_data_are_others(self) -> Self:
         if self.defence.trusted_data and self.defence.trusted_data == self.data.source:
             raise ValueError(
@@ -363,65 +395,3 @@ class RunSettings(_Section):
                 f"{self.data.source!r} as both"
             )
         return self
-
-
-def parse_settings(text: str, *, source: str) -> RunSettings:
-    """Parse a run file.
-
-    Args:
-        text: TOML.
-        source: Name of the file, for the error.
-
-    Raises:
-        ConfigError: The text is no TOML, a key is unknown, or values contradict each other.
-    """
-    try:
-        return RunSettings.model_validate(tomllib.loads(text))
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{source} is not TOML: {error}") from error
-    except ValidationError as error:
-        raise ConfigError(f"{source}: {_explain(error)}") from error
-
-
-def load_settings(path: Path) -> RunSettings:
-    """Read and parse a run file.
-
-    Raises:
-        ConfigError: The file cannot be read, or as in :func:`parse_settings`.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the run file {path}: {error}") from error
-    return parse_settings(text, source=str(path))
-
-
-def _explain(error: ValidationError) -> str:
-    return "; ".join(_explain_one(item) for item in error.errors(include_url=False))
-
-
-def _explain_one(item: "ErrorDetails") -> str:
-    where = ".".join(map(str, item["loc"])) or "run"
-    if item["type"] == "extra_forbidden":
-        return f"{where}: unknown; {_hint(str(item['loc'][-1]), item['loc'][:-1])}"
-    silent = item["type"] in {"missing", "value_error"}
-    return f"{where}: {item['msg'].removeprefix('Value error, ')}" + ("" if silent else f", got {item['input']!r}")
-
-
-def _hint(key: str, path: tuple[int | str, ...]) -> str:
-    for section in RunSettings.model_fields:
-        if key in _keys((section,)):
-            return f"it belongs in [{section}]"
-    known = _keys(path)
-    close = difflib.get_close_matches(key, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
-
-
-def _keys(path: tuple[int | str, ...]) -> list[str]:
-    """Return the keys of the section at a path, none where that is no section."""
-    section: type[BaseModel] | None = RunSettings
-    for part in path:
-        field = section.model_fields.get(str(part)) if section else None
-        inside = [field.annotation, *get_args(field.annotation)] if field else []
-        section = next((each for each in inside if isinstance(each, type) and issubclass(each, BaseModel)), None)
-    return list(section.model_fields) if section else []

@@ -1265,15 +1265,20 @@ def test_factors_are_held_to_the_scale_of_the_enrolment(
         assert_close(factors.delta(), expected, rtol=1e-4, atol=1e-7)
 
 
-def test_nested_ffa_asks_for_no_more_rows_than_a_layer_has_inputs(
-    registry: Registry, make_settings: MakeSettings, make_profile: MakeProfile
+@pytest.mark.parametrize(
+    ("strategy", "rank"),
+    [("ffa-nested", 8), ("hetlora", 16), ("flora-bounded", 20)],
+    ids=["16 inputs hold 16 orthonormal rows", "32 is the widest layer", "the sum is cut to 32 anyway"],
+)
+def test_a_pattern_makes_no_layer_wider_than_the_strategy_allows(
+    strategy: str, rank: int, registry: Registry, make_settings: MakeSettings, make_profile: MakeProfile
 ) -> None:
-    """There are no more orthonormal rows; the run would die in its first round."""
     node = Node(make_profile(0, rank=20))
-    limits = {"strategy": "ffa-nested", "max_rank": 32}
+    limits = {"strategy": strategy, "max_rank": 32}
     settings = make_settings(aggregation=limits, training={"rank_pattern": {"query": 2.0}})
     run_federation(InProcessGrid([node]), settings, registry, run_id=RUN)
-    assert [request.rank for request, _ in node.asked] == [8], "16 inputs, twice the rank"
+    assert [request.rank for request, _ in node.asked] == [rank]
+    assert weights_of(registry, "toy/1").layers["bert.encoder.layer.0.attention.self.query"].rank <= 32
 
 
 def _with_first_entries(a: float, b: float) -> Tamper:

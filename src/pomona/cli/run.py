@@ -29,7 +29,7 @@ def run(
         from pomona.coordinator.server import find_server  # noqa: PLC0415
         from pomona.coordinator.summary import summarise  # noqa: PLC0415
         from pomona.processes import terminated_like_interrupted  # noqa: PLC0415
-        from pomona.settings import load_settings  # noqa: PLC0415
+        from pomona.run_file import load_settings  # noqa: PLC0415
         from pomona.storage.registry import default_home, open_registry  # noqa: PLC0415
 
         settings = load_settings(file) if file else None
