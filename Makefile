@@ -17,10 +17,10 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test check format bench wordnet migration diagram clean
+.PHONY: help install demo test compose-test check format bench wordnet migration diagram clean
 
 help: ## Show this help
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## Make .venv with everything that demo, test and check need
 
@@ -36,6 +36,9 @@ check: $(STAMP) ## Run what must be green before a commit: format, lint, types, 
 	$(BIN)/mypy
 	$(BIN)/pyright
 	$(BIN)/python -m pytest -q
+
+compose-test: ## Try docker-compose.yml for real (needs Docker; some minutes, 4 GB of images)
+	@python3 scripts/compose_test.py $(ARGS)
 
 format: $(STAMP) ## Format the code and mend what the linter can mend
 	$(BIN)/ruff format .

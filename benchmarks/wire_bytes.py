@@ -36,9 +36,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pomona.coordinator.demo import write_jsonl
 from pomona.coordinator.enrolment import choose_cohort
-from pomona.datasets import load_dataset
+from pomona.datasets import load_dataset, write_jsonl
 from pomona.partition import partition_iid
 from pomona.processes import Supervisor, child_environment, free_ports, terminated_like_interrupted
 from pomona.settings import CohortSettings

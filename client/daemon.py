@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from pomona.client.relay import receive, send
 from pomona.datasets import Dataset, load_dataset
+from pomona.logs import configure_logs
 from pomona.processes import die_with_parent
 from pomona.protocol import refusal
 
@@ -47,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     die_with_parent()
-    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stdout)
+    configure_logs(text="%(message)s", stream=sys.stdout)
     specs = TypeAdapter(list[TrainerSpec]).validate_json(options.clients)
     with contextlib.ExitStack() as stack:
         listeners = [stack.enter_context(Listener(spec.socket, family="AF_UNIX", backlog=8)) for spec in specs]

@@ -19,6 +19,7 @@ from pomona.client.capacity import Budget, choose_rank
 from pomona.client.train import train_locally
 from pomona.datasets import Dataset, check_labels
 from pomona.errors import BaseModelError, ConfigError, PayloadError, PomonaError
+from pomona.logs import bind
 from pomona.lora_model import AdaptedModel
 from pomona.protocol import ENROL, TELL, TRAIN, Enrolled, Exclusion, Invitation, TrainRequest, refusal
 from pomona.seeds import fresh_a, seed_of
@@ -78,7 +79,9 @@ class Trainer:
             if kind == ENROL:
                 return self._enrol(Invitation.model_validate_json(json))
             if kind == TRAIN:
-                return self._train(TrainRequest.model_validate_json(json), payload)
+                request = TrainRequest.model_validate_json(json)
+                bind(client=self._profile.name, run_id=request.invitation.run_id, round=request.round_number)
+                return self._train(request, payload)
             if kind == TELL:
                 return self._told(Exclusion.model_validate_json(json))
             raise PayloadError(f"expected a request to {ENROL} or {TRAIN}, got {kind!r}")
@@ -93,7 +96,13 @@ class Trainer:
         return "refusal", refusal(self._profile.name, reason).model_dump_json(), b""
 
     def _told(self, exclusion: Exclusion) -> Answer:
-        _log.error("%s takes no part in run %s: %s", self._profile.name, exclusion.run_id, exclusion.reason)
+        name, run_id, number = self._profile.name, exclusion.run_id, exclusion.round_number
+        if number is None:
+            _log.error("%s takes no part in run %s: %s", name, run_id, exclusion.reason)
+        else:
+            _log.warning(
+                "%s: its update of round %d of run %s does not count: %s", name, number, run_id, exclusion.reason
+            )
         return "told", "{}", b""
 
     def _enrol(self, invitation: Invitation) -> Answer:

@@ -1,7 +1,5 @@
 """Flower ServerApp of the coordinator. Flower starts it beside the SuperLink; torch is imported when it runs."""
 
-import logging
-
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
@@ -15,11 +13,13 @@ def main(grid: Grid, context: Context) -> None:
     """Run one federation with the settings that ``pomona run`` sent."""
     from pomona.coordinator.federation import run_federation  # noqa: PLC0415 - imports torch
     from pomona.coordinator.recovery import only_coordinator  # noqa: PLC0415
+    from pomona.logs import bind, configure_logs  # noqa: PLC0415
     from pomona.settings import RunSettings  # noqa: PLC0415
     from pomona.storage.registry import open_registry  # noqa: PLC0415
 
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    configure_logs()
     settings = RunSettings.model_validate_json(str(context.run_config["settings"]))
     run_id = str(context.run_config["run-id"])
+    bind(run_id=run_id)
     with open_registry() as registry, only_coordinator(registry, run_id, wait_s=_OLD_COORDINATOR_S):
         run_federation(grid, settings, registry, run_id=run_id)

@@ -16,7 +16,7 @@ from pomona.coordinator.beginning import begin_run, load_held_out
 from pomona.coordinator.launch import follow, new_run_id, private_folder, recorded, submit, watch_flower
 from pomona.coordinator.server import run_server
 from pomona.coordinator.summary import RunSummary, summarise
-from pomona.datasets import Dataset, load_dataset
+from pomona.datasets import load_dataset, write_jsonl
 from pomona.errors import ExportMismatch
 from pomona.partition import partition
 from pomona.processes import Supervisor, child_environment, free_ports
@@ -127,15 +127,6 @@ def rescore(settings: RunSettings, export: Path, folder: Path) -> float:
     if done.returncode:
         raise ExportMismatch(f"plain peft cannot load {export}: {done.stderr[-800:]}")
     return float(json.loads(done.stdout.splitlines()[-1])["accuracy"])
-
-
-def write_jsonl(dataset: Dataset, path: Path) -> None:
-    """Write examples as one JSON object per line."""
-    rows = (
-        json.dumps({"text": text, "label": label}, ensure_ascii=False)
-        for text, label in zip(dataset.texts, dataset.labels, strict=True)
-    )
-    path.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
 
 
 def _clients(settings: RunSettings, folder: Path) -> list[JoinSettings]:

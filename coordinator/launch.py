@@ -117,13 +117,34 @@ def resume_unfinished(server: Server, registry: Registry) -> list[str]:
     """
     cut_off = [run for run in registry.runs() if run.state == "running"]
     for run in cut_off:
-        folder = private_folder()
-        try:
-            settings = RunSettings.model_validate_json(run.settings_json)
-            submit(server, settings, run_id=run.id, folder=folder)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        _submit_unattended(server, RunSettings.model_validate_json(run.settings_json), run_id=run.id)
     return [run.id for run in cut_off]
+
+
+def start_once(server: Server, registry: Registry, settings: RunSettings) -> str | None:
+    """Start a run that nobody follows, unless the registry has a run of its name; return its id, None if it has.
+
+    Whatever happens after the run has its row, :func:`resume_unfinished` goes on with it.
+
+    Raises:
+        BaseModelError: The base model is not here.
+        DataError: The held-out data cannot be used.
+        ProcessDied: The server did not take it.
+    """
+    if any(run.adapter == settings.name for run in registry.runs()):
+        return None
+    run_id = new_run_id()
+    begin_run(registry, settings, run_id=run_id)
+    _submit_unattended(server, settings, run_id=run_id)
+    return run_id
+
+
+def _submit_unattended(server: Server, settings: RunSettings, *, run_id: str) -> None:
+    folder = private_folder()
+    try:
+        submit(server, settings, run_id=run_id, folder=folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _start_and_follow(

@@ -140,6 +140,15 @@ def load_dataset(source: str | Path, *, split: Split | None, task: Task = "class
     )
 
 
+def write_jsonl(dataset: Dataset, path: Path) -> None:
+    """Write texts and labels as JSONL, one object per line; other columns are left out."""
+    rows = (
+        json.dumps({"text": text, "label": label}, ensure_ascii=False)
+        for text, label in zip(dataset.texts, dataset.labels, strict=True)
+    )
+    path.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+
+
 def class_names(dataset: Dataset) -> tuple[str, ...]:
     """Return the distinct labels, sorted."""
     return tuple(sorted(set(dataset.labels)))

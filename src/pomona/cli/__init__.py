@@ -17,6 +17,7 @@ from pomona.cli import (
     run,
     server,
     simulate,
+    simulated_client,
     strategies,
 )
 
@@ -31,6 +32,7 @@ app.command("server")(server.server)
 app.command("join")(join.join)
 app.command("run")(run.run)
 app.command("simulate")(simulate.simulate)
+app.command("simulated-client")(simulated_client.simulated_client)
 app.command("strategies")(strategies.strategies)
 app.command("doctor")(doctor.doctor)
 registry.app.command("export")(registry_exchange.export)

@@ -1,41 +1,37 @@
 """``pomona join``."""
 
-from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pomona.cli.options import Insecure
+from pomona.cli.options import Insecure, RootCertificates, ServerAddress, TrainingThreads
 from pomona.cli.output import console, exit_on_error, plain
+
+if TYPE_CHECKING:
+    from pomona.client.join import JoinSettings
 
 
 def join(
     *,
-    server: Annotated[str, typer.Option(help="HOST:PORT of the coordinator.")],
+    server: ServerAddress,
     rank: Annotated[str, typer.Option(help="LoRA rank to train, or 'auto': what this machine can carry.")],
     data: Annotated[str, typer.Option(help="CSV or JSONL file with text and label. It stays here.")],
     name: Annotated[str, typer.Option(help="Name of this client, unique at the coordinator.")],
     model: Annotated[str, typer.Option(help="Folder of the base model, where it ships in no package.")] = "",
     insecure: Insecure = False,
-    root_certificates: Annotated[
-        Path | None, typer.Option(help="The coordinator's certificate authority (PEM).")
-    ] = None,
+    root_certificates: RootCertificates = None,
     memory_share: Annotated[
         float, typer.Option(help="With --rank auto: share of the free memory that training may take.")
     ] = 0.5,
     round_s: Annotated[
         float | None, typer.Option(help="With --rank auto: seconds that the training of a round may take.")
     ] = None,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads for training.")] = 1,
+    threads: TrainingThreads = 1,
 ) -> None:
     """Join a coordinator with this machine's data and train whenever it asks, until stopped."""
     with exit_on_error():
-        from pomona.client.join import JoinSettings, run_client  # noqa: PLC0415
-        from pomona.errors import ConfigError  # noqa: PLC0415
-        from pomona.processes import terminated_like_interrupted  # noqa: PLC0415
+        from pomona.client.join import JoinSettings  # noqa: PLC0415
 
-        if insecure == (root_certificates is not None):
-            raise ConfigError("give --root-certificates FILE, or --insecure to go without TLS, and not both")
         settings = JoinSettings(
             server=server,
             name=name,
@@ -47,13 +43,30 @@ def join(
             root_certificates=root_certificates,
             threads=threads,
         )
-        settings.check()
-        screen = console()
-        try:
-            with terminated_like_interrupted():
-                run_client(settings, say=lambda line: screen.print(plain(line), soft_wrap=True))
-        except KeyboardInterrupt:
-            screen.print("stopped")
+        keep_joined(settings, insecure=insecure)
+
+
+def keep_joined(settings: "JoinSettings", *, insecure: bool) -> None:
+    """Check the settings of a client and run it until it is stopped.
+
+    Raises:
+        ConfigError: A setting is malformed, or it is not clear whether to go without TLS.
+        DataError: The data are missing, empty or malformed.
+        ProcessDied: The trainer ended, or the SuperNode keeps ending.
+    """
+    from pomona.client.join import run_client  # noqa: PLC0415
+    from pomona.errors import ConfigError  # noqa: PLC0415
+    from pomona.processes import terminated_like_interrupted  # noqa: PLC0415
+
+    if insecure == (settings.root_certificates is not None):
+        raise ConfigError("give --root-certificates FILE, or --insecure to go without TLS, and not both")
+    settings.check()
+    screen = console()
+    try:
+        with terminated_like_interrupted():
+            run_client(settings, say=lambda line: screen.print(plain(line), soft_wrap=True))
+    except KeyboardInterrupt:
+        screen.print("stopped")
 
 
 def _rank(text: str) -> int | None:

@@ -1,10 +1,11 @@
 """What people see while a run goes on: one live table on a terminal, one line per round elsewhere."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from pomona.cli.output import console, table
+from pomona.errors import RegistryUnavailable
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -37,6 +38,30 @@ class RunView:
     def say(self, text: str) -> None:
         """Print a line above the table."""
         self._screen.print(text, style="dim", soft_wrap=True, markup=False)
+
+
+class UnattendedRuns:
+    """Prints, line by line, what becomes of the runs that a server started by itself."""
+
+    def __init__(self, registry: "Registry", screen: "Console") -> None:
+        self._registry, self._screen = registry, screen
+        self._views: dict[str, RunView] = {}
+
+    def watch(self, run_id: str, *, said: str) -> None:
+        """Print that a run goes on, and from now on what it does."""
+        self._screen.print(said, soft_wrap=True, markup=False)
+        self._views[run_id] = RunView(self._registry, self._screen, None)
+
+    def show(self) -> None:
+        """Print what is new; nothing while the registry cannot be used, since that ends no run."""
+        with suppress(RegistryUnavailable):
+            for run_id, view in list(self._views.items()):
+                run = self._registry.run(run_id)
+                view.show(run)
+                if run.state != "running":
+                    ending = f"run {run_id}: {run.state} {run.reason}".rstrip()
+                    self._screen.print(ending, soft_wrap=True, markup=False)
+                    del self._views[run_id]
 
 
 @contextmanager

@@ -1,0 +1,53 @@
+"""A server that starts a run by itself, and simulated clients that need nothing but a folder: what containers do."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tests.integration.conftest import Terminal, stop, write_run_file
+
+from pomona.processes import free_ports
+
+pytestmark = pytest.mark.timeout(600)
+
+
+def test_a_run_starts_by_itself_once_and_simulated_clients_share_its_data(
+    terminal: Terminal, tmp_path: Path, tiny_bert: Path, toy_data: Path
+) -> None:
+    (port,) = free_ports(1)
+    home, claims = tmp_path / "home", tmp_path / "claims"
+    lines = ["[cohort]\nmin_clients = 2", "[simulation]\nranks = [2, 4]"]
+    run_file = write_run_file(tmp_path / "run.toml", model=tiny_bert, data=toy_data, lines=lines)
+    serve = ("server", "--home", str(home), "--port", str(port), "--insecure", "--run", str(run_file))
+    server = terminal.start("server", *serve)
+    arguments = ["--server", f"127.0.0.1:{port}", "--clients", "3", "--claims", str(claims), "--insecure"]
+    clients = [terminal.start(f"any-{i}", "simulated-client", str(run_file), *arguments) for i in range(2)]
+    said = terminal.wait_for_text("server", ": finished", timeout_s=400)
+    assert "started run" in said
+    assert "version toy/2" in said
+
+    shown = json.loads(terminal.run("registry", "show", "toy/1", "--home", str(home), "--json").stdout)
+    took_part = {each["client"]: (each["rank"], each["num_examples"]) for each in shown["submissions"]}
+    assert set(took_part) == {"client-1", "client-2"}
+    assert [took_part[name][0] for name in sorted(took_part)] == [2, 4]
+    assert {terminal.output(f"any-{i}").read_text().split(":")[0] for i in range(2)} == {
+        "number 1 of 3",
+        "number 2 of 3",
+    }
+
+    assert stop(server) == 0
+    again = terminal.start("again", *serve)
+    terminal.wait_for_text("again", "listening on", timeout_s=60)
+    assert [stop(client) for client in clients] == [0, 0]
+    assert stop(again) == 0
+    runs = json.loads(terminal.run("registry", "runs", "--home", str(home), "--json").stdout)
+    assert [each["state"] for each in runs] == ["finished"]
+    terminal.expect_no_process()
+
+
+def test_a_bad_run_file_is_refused_before_anything_starts(terminal: Terminal, tmp_path: Path) -> None:
+    (tmp_path / "bad.toml").write_text('name = "x"\nbogus = 1\n')
+    done = terminal.run("server", "--home", str(tmp_path / "home"), "--port", "0", "--insecure", "--run", "bad.toml")
+    assert done.returncode == 3
+    assert "bogus" in done.stderr
+    assert not (tmp_path / "home").exists()
