@@ -119,6 +119,8 @@ class _Federation:
         if begun is None:
             present = self._wait_for_enough()
             return choose_cohort(present, self._settings.cohort, seed=self._settings.seed, round_number=number)
+        if begun.frozen_at is not None:
+            return list(begun.cohort)
         here = {each.client for each in waiting_submissions(self._registry, self._invitation.run_id, number)}
         self._wait_for_enough(set(begun.cohort) - here)
         return list(begun.cohort)
@@ -126,13 +128,17 @@ class _Federation:
     def _round(self, number: int) -> Version:
         run_id, strategy = self._invitation.run_id, self._strategy
         cohort = self._cohort(number)
-        self._registry.open_round(run_id, number, parent=strategy.parent or None, cohort=cohort)
+        opened = self._registry.open_round(run_id, number, parent=strategy.parent or None, cohort=cohort)
         reach("round-opened")
         try:
-            config = ConfigRecord({"cohort": cohort})
+            config = ConfigRecord({"cohort": cohort, "frozen": opened.frozen_at is not None})
             messages = list(strategy.configure_train(number, ArrayRecord(), config, self._grid))
-            self._collect(messages, cohort)
+            self._collect(number, messages)
             reach("round-closing")
+            if strategy.enough:
+                self._registry.freeze_round(run_id, number)
+                reach("round-frozen")
+            self._drop_silent(number, cohort)
             aggregate = strategy.close()
             reach("round-aggregated")
             version = self._publish(number, aggregate)
@@ -146,15 +152,30 @@ class _Federation:
         strategy.weights, strategy.parent = aggregate.combined.weights, version.ref
         return version
 
-    def _collect(self, messages: Sequence[Message], cohort: Sequence[str]) -> None:
+    def _collect(self, number: int, messages: Sequence[Message]) -> None:
         deadline_s = self._settings.cohort.round_deadline_s
         asked = self._strategy.asked
-        waiting = set(cohort) - self._strategy.answered
         for position, reply in collect(self._puller, messages, deadline_s=deadline_s, idle=self._enrol_newcomers):
-            waiting.discard(asked[position])
-            self._strategy.receive(asked[position], reply)
-        for client in sorted(waiting):
+            if reason := self._strategy.receive(asked[position], reply):
+                self._tell(asked[position], reason, number=number)
+
+    def _drop_silent(self, number: int, cohort: Sequence[str]) -> None:
+        """Record who has not answered, and tell them; what they send later is read by nobody."""
+        heard = {each.client for each in self._registry.submissions(self._invitation.run_id, number)}
+        for client in sorted(set(cohort) - heard):
             self._strategy.missed(client)
+            self._tell(client, f"it did not come within {self._settings.cohort.round_deadline_s:g} s", number=number)
+
+    def _tell(self, client: str, reason: str, *, number: int | None = None) -> None:
+        """Tell a client, if it is connected, why the coordinator does without it; do not wait for an answer."""
+        if (node := self._roster.nodes.get(client)) is not None:
+            self._tell_node(node, reason, number=number)
+
+    def _tell_node(self, node: int, reason: str, *, number: int | None = None) -> None:
+        printable = reason.encode(errors="replace").decode()[:500]  # a client may have put anything into it
+        told = Exclusion(run_id=self._invitation.run_id, round_number=number, reason=printable)
+        json, ttl = told.model_dump_json(), self._settings.cohort.join_timeout_s
+        self._grid.push_messages([Message(pack("exclusion", json), dst_node_id=node, message_type=TELL, ttl=ttl)])
 
     def _publish(self, number: int, aggregate: Aggregate) -> Version:
         settings, run_id = self._settings, self._invitation.run_id
@@ -280,9 +301,7 @@ class _Federation:
     def _enrol(self, node: int, who: Introduction) -> None:
         if who.excluded:
             _log.warning("client %s takes no part: %s", who.name, who.excluded)
-            told = Exclusion(run_id=self._invitation.run_id, reason=who.excluded[:500])
-            json, ttl = told.model_dump_json(), self._settings.cohort.join_timeout_s
-            self._grid.push_messages([Message(pack("exclusion", json), dst_node_id=node, message_type=TELL, ttl=ttl)])
+            self._tell_node(node, who.excluded)
             if who.name in self._roster.members:
                 return
         self._registry.enrol_client(

@@ -25,6 +25,7 @@ from pomona.coordinator.method import Accepted, Combined, Method, Trained, Work
 from pomona.coordinator.replies import Reply
 from pomona.coordinator.trusted import TrustedTrainer
 from pomona.errors import NotEnoughClients, PayloadError, UpdateRejected, VersionConflict
+from pomona.logs import bind
 from pomona.manifest import AdapterManifest
 from pomona.messages import pack, unpack
 from pomona.protocol import Invitation, Refusal, TrainRequest
@@ -116,6 +117,11 @@ class LoraStrategy(Strategy):
         return set(self._round.accepted)
 
     @property
+    def enough(self) -> bool:
+        """Whether so many updates of this round count that it can close."""
+        return len(self._round.accepted) >= self._settings.cohort.min_replies
+
+    @property
     def asked(self) -> Sequence[str]:
         """The clients that the messages of this round go to, in their order."""
         return self._round.asked
@@ -126,11 +132,12 @@ class LoraStrategy(Strategy):
         """Return the round's messages to its cohort; ``config["cohort"]`` has the names.
 
         The global adapter is this object's, so ``arrays`` is not read. A client whose update of this round lies in the
-        registry, or that is not connected, gets none.
+        registry, or that is not connected, gets none, and nobody does where ``config["frozen"]`` is true.
         """
         del arrays, grid
         cohort = [str(name) for name in config["cohort"]]  # type: ignore[union-attr]
         self._round = _Round(server_round, cohort, time.monotonic())
+        bind(round=server_round)
         ranks = {name: self._method.rank_of(name, self._roster.members[name].rank) for name in cohort}
         by_rank = {
             rank: self._method.work(self.weights, rank=rank, round_number=server_round)
@@ -139,7 +146,8 @@ class LoraStrategy(Strategy):
         self._round.work = {name: by_rank[rank] for name, rank in ranks.items()}
         asked = {rank: self._request(work.assignment, server_round) for rank, work in by_rank.items()}
         self._take_up(server_round)
-        self._round.asked = [name for name in cohort if name in self._roster.nodes and name not in self._round.accepted]
+        to_ask = [] if config.get("frozen") else cohort
+        self._round.asked = [name for name in to_ask if name in self._roster.nodes and name not in self._round.accepted]
         self._round.bytes_down = sum(len(asked[ranks[name]][1]) for name in self._round.asked)
         return [
             Message(
@@ -181,7 +189,8 @@ class LoraStrategy(Strategy):
             self._record(client, payload, update, "accepted", "", self._spectrum(trained))
         except (PayloadError, VersionConflict) as error:
             reason = error.reason if isinstance(error, UpdateRejected) else str(error)
-            _log.warning("round %d: the update of %s does not count: %s", self._round.number, client, reason)
+            said = "round %d: the update of %s does not count: %s"
+            _log.warning(said, self._round.number, client, reason, extra={"client": client})
             self._record(client, payload, None, "rejected", reason)
             return reason
         self._seen_nonces.add(update.nonce)
@@ -222,10 +231,10 @@ class LoraStrategy(Strategy):
             NotEnoughClients: Fewer updates than ``cohort.min_replies`` were accepted.
         """
         accepted = [self._round.accepted[name] for name in sorted(self._round.accepted)]
-        needed = self._settings.cohort.min_replies
-        if len(accepted) < needed:
+        if not self.enough:
             raise NotEnoughClients(
-                f"round {self._round.number} needs {needed} accepted updates, got {len(accepted)} "
+                f"round {self._round.number} needs {self._settings.cohort.min_replies} accepted updates, "
+                f"got {len(accepted)} "
                 f"from a cohort of {len(self._round.cohort)}; `pomona registry lineage` and the log say why"
             )
         return Aggregate(

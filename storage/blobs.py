@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pomona.errors import BlobCorrupt, BlobWriteError
+from pomona.failpoints import reach
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -173,8 +174,11 @@ class BlobStore:
                 view = memoryview(content)
                 while view:
                     view = view[os.write(descriptor, view) :]
+                reach("blob-written")
                 os.fsync(descriptor)
+            reach("blob-synced")
             temporary.replace(target)
+            reach("blob-renamed")
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise

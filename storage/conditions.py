@@ -15,7 +15,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from pomona.storage import tables as t
-from pomona.storage.fields import Column, Kind, Source, find
+from pomona.storage.fields import Column, Few, Kind, Source, find
 from pomona.storage.filters import Comparison, Expression, Junction, Negation, Value, refuse
 
 _LARGEST = 2**63 - 1
@@ -43,25 +43,26 @@ _EXPECTED: dict[Kind, str] = {
 }
 
 
-def condition(text: str, expression: Expression, *, dialect: str) -> sa.ColumnElement[bool]:
+def condition(text: str, expression: Expression, *, dialect: str, few: Few) -> sa.ColumnElement[bool]:
     """Return what a filter says as a condition on ``version``.
 
     Args:
         text: The filter as it was typed, for errors.
         expression: What it says.
         dialect: ``sqlite`` or ``postgresql``.
+        few: Whether the rows of another table that a comparison finds are gathered first; the answer changes no result.
 
     Raises:
         ConfigError: A field is unknown, or is compared with what it cannot be compared with.
     """
     match expression:
         case Comparison():
-            return _comparison(text, expression, dialect=dialect)
+            return _comparison(text, expression, dialect=dialect, few=few)
         case Negation(of=inner):
-            return sa.not_(condition(text, inner, dialect=dialect))
+            return sa.not_(condition(text, inner, dialect=dialect, few=few))
         case Junction(kind=kind, of=parts):
             join = sa.and_ if kind == "all" else sa.or_
-            return join(*(condition(text, part, dialect=dialect) for part in parts))
+            return join(*(condition(text, part, dialect=dialect, few=few) for part in parts))
 
 
 def bound(kind: Kind, value: object) -> Column:
@@ -76,15 +77,15 @@ def sortable(source: Source, *, dialect: str) -> Column:
     return source.value
 
 
-def _comparison(text: str, item: Comparison, *, dialect: str) -> sa.ColumnElement[bool]:
+def _comparison(text: str, item: Comparison, *, dialect: str, few: Few) -> sa.ColumnElement[bool]:
     source = find(text, item.field)
     if item.operator in {"LIKE", "ILIKE"}:
-        return source.has(_like(text, item, source, dialect=dialect))
+        return source.has(_like(text, item, source, dialect=dialect), few=few)
     values = [bound(source.kind, _read(text, value, source.kind)) for value in item.values]
     if item.operator == "IN":
-        return source.has(source.value.in_(values))
+        return source.has(source.value.in_(values), few=few)
     column = source.value if item.operator in {"=", "!="} else sortable(source, dialect=dialect)
-    return source.has(_COMPARE[item.operator](column, values[0]))
+    return source.has(_COMPARE[item.operator](column, values[0]), few=few)
 
 
 def _read(text: str, value: Value, kind: Kind) -> object:

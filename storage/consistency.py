@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
+from pomona.storage import audit
 from pomona.storage import tables as t
 from pomona.storage.references import KEPT
 
@@ -42,6 +43,7 @@ def contradictions(connection: sa.Connection) -> list[Finding]:
         _lineage,
         _aliases,
         _submissions,
+        _audit,
     )
     return [finding for check in checks for finding in check(connection)]
 
@@ -189,3 +191,8 @@ def _submissions(connection: sa.Connection) -> Iterator[Finding]:
             found=f"is counted in {name}/{of_version}, which it cannot be in",
             remedy=_RESTORE,
         )
+
+
+def _audit(connection: sa.Connection) -> Iterator[Finding]:
+    for number, found in audit.broken(connection):
+        yield Finding(about=f"audit record {number}", found=found, remedy=_RESTORE)

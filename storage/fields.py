@@ -4,7 +4,7 @@ A version may have no value of a field (a metric that was not measured), or seve
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +15,8 @@ from pomona.storage.filters import Field, refuse
 
 Column = sa.ColumnElement[Any]  # of what type, its kind says
 Kind = Literal["text", "whole", "number", "moment"]
+Few = Callable[[sa.SelectBase], bool]
+"""Whether a query finds so few rows that they are best gathered first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +28,14 @@ class Rows:
         theirs: The column by which they belong to a version.
         ours: The column of ``version`` that it equals.
         only: Which of them are meant.
+        parts: Conditions of which each row satisfies one; each has an index of its own.
     """
 
     table: sa.FromClause
     theirs: Column
     ours: Column
     only: sa.ColumnElement[bool]
+    parts: Sequence[sa.ColumnElement[bool]] = ()
 
     @property
     def belong(self) -> sa.ColumnElement[bool]:
@@ -55,12 +59,18 @@ class Source:
     rows: Rows | None = None
     single: bool = True
 
-    def has(self, condition: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:
-        """Return whether a version has a value that satisfies a condition: true or false, never unknown."""
+    def has(self, condition: sa.ColumnElement[bool], *, few: Few) -> sa.ColumnElement[bool]:
+        """Return whether a version has a value that satisfies a condition: true or false, never unknown.
+
+        Few rows are gathered first, by the index; of many it is asked version by version, until a page is full.
+        """
         if self.rows is None:
             return sa.and_(self.value.is_not(None), condition)
-        # not EXISTS: SQLite would look once for every version, and not once by the index
-        return self.rows.ours.in_(sa.select(self.rows.theirs).where(self.rows.only, condition))
+        chosen = sa.select(self.rows.theirs).where(self.rows.only, condition)
+        found = sa.union_all(*map(chosen.where, self.rows.parts)) if self.rows.parts else chosen
+        if few(found):
+            return self.rows.ours.in_(found)
+        return sa.exists().where(self.rows.belong, condition).correlate(t.version)
 
 
 _KINDS: dict[str, Kind] = {
@@ -104,8 +114,13 @@ def find(text: str, field: Field, *, what: str = "filter") -> Source:
 
 def _keyed(name: str, key: str) -> Source:
     table = (t.metric if name == "metrics" else t.tag).alias()
-    rows = Rows(table, table.c.version_id, t.version.c.id, table.c.key == sa.literal(key, sa.Text))
-    return Source(_KEYED[name], table.c.value, rows)
+    only = table.c.key == sa.literal(key, sa.Text)
+    parts: list[sa.ColumnElement[bool]] = []
+    if name == "tags":  # in the words of the two partial indexes, or neither would be used
+        length: Column = sa.func.length(table.c.value)
+        limit: Column = sa.literal_column(str(t.SHORT_TAG_LENGTH))
+        parts = [length <= limit, length > limit]
+    return Source(_KEYED[name], table.c.value, Rows(table, table.c.version_id, t.version.c.id, only, parts))
 
 
 def _plain(name: str) -> Source:

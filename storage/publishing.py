@@ -6,8 +6,9 @@ from datetime import UTC, datetime
 
 import sqlalchemy as sa
 
-from pomona.errors import BaseModelError, RegistryError
-from pomona.storage import rounds, versions
+from pomona.errors import BaseModelError, RegistryError, VersionConflict
+from pomona.failpoints import reach
+from pomona.storage import audit, rounds, versions
 from pomona.storage import tables as t
 from pomona.storage.records import NewImport, NewVersion, Version
 from pomona.storage.rounds import REASON_LENGTH
@@ -20,7 +21,7 @@ def publish_round(connection: sa.Connection, new: NewVersion, sha256: str) -> Ve
     Raises:
         BaseModelError: It was not made on the run's base model.
         RegistryError: It is for another adapter, or weighs a client that has no accepted submission.
-        VersionConflict: The round is closed already.
+        VersionConflict: The round is closed already, or the adapter's newest version is not the one expected.
     """
     _require_run(connection, new)
     closed = rounds.close_round(
@@ -40,11 +41,16 @@ def publish_round(connection: sa.Connection, new: NewVersion, sha256: str) -> Ve
     if scores:
         connection.execute(sa.insert(t.metric), scores)
     _link_submissions(connection, new, version_id)
+    reach("version-inserted")
     return versions.load(connection, t.version.c.id == version_id)[0]
 
 
 def publish_import(connection: sa.Connection, new: NewImport, sha256: str) -> Version:
-    """Publish an adapter that no run made as the next version of its name; it has no parents."""
+    """Publish an adapter that no run made as the next version of its name; it has no parents.
+
+    Raises:
+        VersionConflict: The adapter's newest version is not the one expected.
+    """
     rounds.add_base_model(connection, new.base_sha256, name=new.base_model, source=new.base_source)
     rounds.add_adapter(connection, new.adapter)
     values = {
@@ -57,7 +63,7 @@ def publish_import(connection: sa.Connection, new: NewImport, sha256: str) -> Ve
         "round": None,
         "recipe": json_value(new.recipe),
     }
-    version_id = _insert_next(connection, new.adapter, sha256, len(new.payload), values)
+    version_id = _insert_next(connection, new, sha256, values)
     return versions.load(connection, t.version.c.id == version_id)[0]
 
 
@@ -86,20 +92,31 @@ def _insert_version(connection: sa.Connection, new: NewVersion, sha256: str) -> 
         "round": new.round_number,
         "recipe": json_value(new.recipe),
     }
-    return _insert_next(connection, new.adapter, sha256, len(new.payload), values)
+    return _insert_next(connection, new, sha256, values)
 
 
-def _insert_next(connection: sa.Connection, adapter: str, sha256: str, size: int, values: Mapping[str, object]) -> int:
-    of_adapter = sa.select(sa.func.max(t.version.c.version)).where(t.version.c.adapter_name == adapter)
+def _insert_next(
+    connection: sa.Connection, new: NewVersion | NewImport, sha256: str, values: Mapping[str, object]
+) -> int:
+    newest = connection.scalar(sa.select(sa.func.max(t.version.c.version)).filter_by(adapter_name=new.adapter)) or 0
+    head = f"{new.adapter}/{newest}" if newest else ""
+    if new.expected_head not in {None, head}:
+        raise VersionConflict(
+            f"expected {new.expected_head or 'no version'} to be the newest of {new.adapter}, found {head or 'none'}: "
+            "somebody else published first; make yours from that one and publish again"
+        )
     identity = {
-        "adapter_name": adapter,
-        "version": (connection.scalar(of_adapter) or 0) + 1,
+        "adapter_name": new.adapter,
+        "version": newest + 1,
         "blob_sha256": sha256,
-        "bytes": size,
+        "bytes": len(new.payload),
         "created_at": datetime.now(UTC),
     }
     statement = sa.insert(t.version).values(**identity, **values).returning(t.version.c.id)
     version_id: int = connection.execute(statement).scalar_one()
+    event = "version-imported" if isinstance(new, NewImport) else "version-published"
+    made = {"sha256": sha256, "run": values["run_id"], "round": values["round"]}
+    audit.append(connection, event, f"{new.adapter}/{newest + 1}", **made)
     return version_id
 
 

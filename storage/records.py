@@ -98,6 +98,8 @@ class NewVersion:
         bytes_down: Bytes sent to clients in the round.
         bytes_up: Bytes received from clients in the round.
         seconds: Wall-clock time of the round.
+        expected_head: Reference of what must be the adapter's newest version, ``""`` where there must be none yet;
+            ``None`` where it does not matter.
     """
 
     run_id: str
@@ -116,6 +118,7 @@ class NewVersion:
     bytes_down: int = 0
     bytes_up: int = 0
     seconds: float = 0.0
+    expected_head: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +133,7 @@ class NewImport:
         base_source: Where the base model was found, likewise.
         rank: Largest rank of any layer.
         recipe: ``task``, ``labels`` and what it was imported from.
+        expected_head: As in :class:`NewVersion`.
     """
 
     adapter: str
@@ -139,6 +143,7 @@ class NewImport:
     base_source: str
     rank: int
     recipe: Mapping[str, object] = field(default_factory=dict)
+    expected_head: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,6 +211,7 @@ class Round:
     Attributes:
         parent: Reference of the version that clients trained on; ``None`` where there was none.
         cohort: Names of the clients that were asked.
+        frozen_at: From when on it takes no more updates; ``None`` while it does.
         accepted: Number of accepted submissions so far; likewise ``rejected`` and ``late``.
         version: What the round published, once committed.
     """
@@ -217,6 +223,7 @@ class Round:
     parent: str | None
     cohort: Sequence[str]
     opened_at: datetime
+    frozen_at: datetime | None
     closed_at: datetime | None
     bytes_down: int
     bytes_up: int

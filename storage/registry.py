@@ -15,11 +15,23 @@ from platformdirs import user_data_path
 from pydantic import TypeAdapter, ValidationError
 from sqlalchemy.exc import IntegrityError
 
-from pomona.errors import ConfigError, RegistryUnavailable, VersionConflict
+from pomona.errors import BlobWriteError, ConfigError, RegistryError, RegistryUnavailable, VersionConflict
 from pomona.failpoints import reach
 from pomona.settings import AdapterName
-from pomona.storage import consistency, histories, lineage, publishing, references, rounds, schema, search, versions
+from pomona.storage import (
+    audit,
+    consistency,
+    histories,
+    lineage,
+    publishing,
+    references,
+    rounds,
+    schema,
+    search,
+    versions,
+)
 from pomona.storage import tables as t
+from pomona.storage.audit import AuditRecord
 from pomona.storage.blobs import BlobStore
 from pomona.storage.consistency import Finding
 from pomona.storage.engine import copy_database, create_engine, reading, sqlite_url, writing
@@ -40,6 +52,7 @@ from pomona.storage.records import (
     Version,
 )
 from pomona.storage.references import Reference
+from pomona.storage.statistics import Statistics, statistics
 
 _ATTEMPTS = 20
 _ADAPTER_NAME = TypeAdapter(AdapterName)
@@ -166,6 +179,14 @@ class Registry:
         """
         return self._write(lambda c: rounds.open_round(c, run_id, number, parent=parent, cohort=cohort))
 
+    def freeze_round(self, run_id: str, number: int) -> Round:
+        """Let an open round take no more updates; its version is made of those accepted by now, also after a crash.
+
+        Raises:
+            VersionConflict: The round is closed already.
+        """
+        return self._write(lambda c: rounds.freeze_round(c, run_id, number))
+
     def fail_round(self, run_id: str, number: int, reason: str) -> Round:
         """Close an open round without a version."""
         return self._write(lambda c: rounds.fail_round(c, run_id, number, reason))
@@ -180,19 +201,33 @@ class Registry:
             VersionConflict: It is accepted, but the round is closed, the client has another accepted update
                 in it, or the nonce was used before.
         """
-        sha256 = hashlib.sha256(new.payload).hexdigest()
-        with reading(self._engine) as connection:
-            known = rounds.receipt(connection, new, sha256)
-        if known:
-            return known
-        if new.status == "accepted":
-            reach("submission-received")
-            self.blobs.put(new.payload)
-            reach("submission-blob-written")
-        recorded = self._write(lambda c: rounds.insert_submission(c, new, sha256))
-        if new.status == "accepted":
-            reach("submission-recorded")
+        (recorded,) = self.record_submissions([new])
+        if isinstance(recorded, RegistryError):
+            raise recorded
         return recorded
+
+    def record_submissions(self, new: Sequence[NewSubmission]) -> list[Submission | RegistryError]:
+        """Record several answers in one transaction; when this returns, each that has a receipt is on disk.
+
+        Each is recorded as :meth:`record_submission` would, one after the other, or has the error in its place that
+        this would have raised, and the others are recorded all the same.
+
+        Raises:
+            RegistryUnavailable: The database cannot be used; none was recorded.
+        """
+        hashes = [hashlib.sha256(each.payload).hexdigest() for each in new]
+        with reading(self._engine) as connection:
+            known = [rounds.receipt(connection, *pair) for pair in zip(new, hashes, strict=True)]
+        stored: list[Submission | RegistryError | None] = []
+        stored += [each or self._keep(one) for each, one in zip(known, new, strict=True)]
+        missing = [place for place, each in enumerate(stored) if each is None]
+        if missing:
+            pairs = [(new[place], hashes[place]) for place in missing]
+            for place, each in zip(missing, self._write(lambda c: rounds.insert_submissions(c, pairs)), strict=True):
+                stored[place] = each
+                if isinstance(each, Submission) and each.status == "accepted":
+                    reach("submission-recorded")
+        return [each for each in stored if each is not None]
 
     def publish_round(self, new: NewVersion) -> Version:
         """Publish the result of an open round as the next version; when this returns, it is on disk.
@@ -200,7 +235,7 @@ class Registry:
         Raises:
             BlobWriteError: The payload could not be written; nothing was published.
             BaseModelError: It was not made on the run's base model.
-            VersionConflict: The round is closed already.
+            VersionConflict: The round is closed already, or the adapter's newest version is not the one expected.
         """
         sha256 = self.blobs.put(new.payload)
         reach("version-blob-written")
@@ -212,6 +247,7 @@ class Registry:
         Raises:
             ConfigError: The adapter's name is malformed.
             BlobWriteError: The payload could not be written; nothing was published.
+            VersionConflict: The adapter's newest version is not the one expected.
         """
         _check_name(new.adapter)
         sha256 = self.blobs.put(new.payload)
@@ -253,6 +289,10 @@ class Registry:
             BlobCorrupt: The bytes are missing or were changed.
         """
         return self.blobs.get(self.resolve(ref).sha256)
+
+    def statistics(self) -> Statistics:
+        """Return totals over the whole registry, for monitoring."""
+        return self._read(statistics)
 
     def adapters(self) -> list[AdapterSummary]:
         """Return every adapter, by name."""
@@ -313,6 +353,18 @@ class Registry:
         """Attach a tag to a version, replacing one of the same key, and return the version."""
         return self._write(lambda c: versions.set_tag(c, ref, key, value))
 
+    def audit(self, *, after: int = 0) -> list[AuditRecord]:
+        """Return the records of the audit log with a larger id, oldest first."""
+        return self._read(lambda c: list(audit.records(c, after=after)))
+
+    def broken_audit(self) -> list[tuple[int, str]]:
+        """Return the id of each record of the audit log that does not follow on the one before, and why."""
+        return self._read(lambda c: list(audit.broken(c)))
+
+    def log_event(self, event: str, subject: str, **details: object) -> None:
+        """Add a record to the audit log of what was done beside the database."""
+        self._write(lambda c: audit.append(c, event, subject, **details))
+
     def references(self) -> list[Reference]:
         """Return every fact that needs a blob."""
         return self._read(references.references)
@@ -333,6 +385,18 @@ class Registry:
         """
         copy_database(self._engine, target, blobs=self.blobs.root)
 
+    def _keep(self, new: NewSubmission) -> BlobWriteError | None:
+        """Put the bytes of an accepted update on disk; return why that did not work."""
+        if new.status != "accepted":
+            return None
+        reach("submission-received")
+        try:
+            self.blobs.put(new.payload)
+        except BlobWriteError as error:
+            return error
+        reach("submission-blob-written")
+        return None
+
     def _read(self, work: Callable[[sa.Connection], Result]) -> Result:
         with reading(self._engine) as connection:
             return work(connection)
@@ -342,6 +406,7 @@ class Registry:
         for attempt in range(_ATTEMPTS):
             try:
                 with writing(self._engine) as connection:
+                    audit.wait_for_turn(connection)
                     return work(connection)
             except IntegrityError as error:
                 if attempt == _ATTEMPTS - 1:

@@ -5,15 +5,32 @@ from datetime import UTC, datetime
 
 import sqlalchemy as sa
 
-from pomona.errors import AdapterNotFound, BaseModelError, ConfigError, VersionConflict
+from pomona.errors import AdapterNotFound, BaseModelError, ConfigError, RegistryError, VersionConflict
+from pomona.failpoints import reach
+from pomona.storage import audit, versions
 from pomona.storage import tables as t
-from pomona.storage import versions
 from pomona.storage.records import Client, NewSubmission, Round, Run, RunState, Submission, SubmissionStatus
 from pomona.storage.values import count, json_value, metrics, read_metrics, real, text
 
 _NAME_LENGTH = 200
 _NONCE_LENGTH = 64
 REASON_LENGTH = 2000
+
+_ROUND = (t.round_.c.run_id == sa.bindparam("in_run"), t.round_.c.number == sa.bindparam("in_round"))
+_REF = t.version.c.adapter_name + "/" + sa.cast(t.version.c.version, sa.String(20))
+_SUBMISSIONS = sa.select(t.submission, _REF.label("version")).outerjoin(t.version).order_by(t.submission.c.id)
+
+# what is asked for every update is built once: building takes ten times as long as running
+_IN_RUN = t.submission.c.run_id == sa.bindparam("in_run")
+_OF_CLIENT = (t.submission.c.round == sa.bindparam("in_round"), t.submission.c.client == sa.bindparam("of_client"))
+_NONCE = t.submission.c.nonce == sa.bindparam("with_nonce")
+_ACCEPTED = sa.select(t.submission.c.id).where(_IN_RUN, t.submission.c.status == "accepted")
+_LOCKED_ROUND = sa.select(t.round_).where(*_ROUND).with_for_update()
+_RECEIPT = _SUBMISSIONS.where(_IN_RUN, *_OF_CLIENT, _NONCE, t.submission.c.sha256 == sa.bindparam("of_bytes"))
+_RECORDED = _SUBMISSIONS.where(t.submission.c.id == sa.bindparam("with_id"))
+_OF_SAME_CLIENT = _ACCEPTED.where(*_OF_CLIENT)
+_OF_SAME_NONCE = _ACCEPTED.where(_NONCE)
+_INSERT = sa.insert(t.submission).returning(t.submission.c.id)
 
 
 def start_run(connection: sa.Connection, *, run_id: str, adapter: str, base_sha256: str, settings_json: str) -> Run:
@@ -30,8 +47,10 @@ def start_run(connection: sa.Connection, *, run_id: str, adapter: str, base_sha2
             raise VersionConflict(
                 f"run {run_id} exists with other {', '.join(different)}; resume it as it was, or choose another id"
             )
-        resumed = {"state": "running", "reason": "", "finished_at": None}
-        connection.execute(sa.update(t.run).where(t.run.c.id == run_id).values(**resumed))
+        if existing["state"] != "running":
+            resumed = {"state": "running", "reason": "", "finished_at": None}
+            connection.execute(sa.update(t.run).where(t.run.c.id == run_id).values(**resumed))
+            audit.append(connection, "run-resumed", run_id)
         return run(connection, run_id)
     if connection.scalar(sa.select(t.base_model.c.sha256).filter_by(sha256=base_sha256)) is None:
         raise BaseModelError(f"base model {base_sha256[:12]} is not in the registry; add it before the run")
@@ -40,6 +59,7 @@ def start_run(connection: sa.Connection, *, run_id: str, adapter: str, base_sha2
     connection.execute(
         sa.insert(t.run).values(id=run_id, state="running", reason="", started_at=now, initial_metrics={}, **facts)
     )
+    audit.append(connection, "run-started", run_id, adapter=adapter, base_sha256=base_sha256)
     return run(connection, run_id)
 
 
@@ -48,6 +68,7 @@ def add_base_model(connection: sa.Connection, sha256: str, *, name: str, source:
     if connection.scalar(sa.select(t.base_model.c.sha256).filter_by(sha256=sha256)) is None:
         facts = {"sha256": sha256, "name": name, "source": source, "added_at": datetime.now(UTC)}
         connection.execute(sa.insert(t.base_model).values(**facts))
+        audit.append(connection, "base-model-added", sha256, name=name)
 
 
 def add_adapter(connection: sa.Connection, name: str) -> None:
@@ -91,6 +112,7 @@ def finish_run(connection: sa.Connection, run_id: str, state: RunState, reason: 
     run(connection, run_id)
     ended = {"state": state, "reason": text(reason, limit=REASON_LENGTH), "finished_at": datetime.now(UTC)}
     connection.execute(sa.update(t.run).where(t.run.c.id == run_id).values(**ended))
+    audit.append(connection, f"run-{state}", run_id)
     return run(connection, run_id)
 
 
@@ -98,6 +120,7 @@ def set_initial_metrics(connection: sa.Connection, run_id: str, values: Mapping[
     """Record the scores before the first round."""
     run(connection, run_id)
     connection.execute(sa.update(t.run).where(t.run.c.id == run_id).values(initial_metrics=metrics(values)))
+    audit.append(connection, "run-scored", run_id)
 
 
 def enrol_client(
@@ -120,12 +143,13 @@ def enrol_client(
     known = (t.client.c.run_id == run_id, t.client.c.name == name)
     if not connection.execute(sa.update(t.client).where(*known).values(**facts)).rowcount:
         connection.execute(sa.insert(t.client).values(run_id=run_id, name=name, **facts))
-    return next(client for client in clients(connection, run_id) if client.name == name)
+    audit.append(connection, "client-enrolled", f"{run_id}: {name}", rank=facts["rank"], excluded=bool(excluded))
+    return clients(connection, run_id, *known)[0]
 
 
-def clients(connection: sa.Connection, run_id: str) -> list[Client]:
+def clients(connection: sa.Connection, run_id: str, *where: sa.ColumnElement[bool]) -> list[Client]:
     """Return the clients of a run, by name."""
-    query = sa.select(t.client).filter_by(run_id=run_id).order_by("name")
+    query = sa.select(t.client).where(t.client.c.run_id == run_id, *where).order_by("name")
     return [Client(**row) for row in connection.execute(query).mappings()]
 
 
@@ -133,6 +157,8 @@ def open_round(
     connection: sa.Connection, run_id: str, number: int, *, parent: str | None, cohort: Sequence[str]
 ) -> Round:
     """Open a round, open a failed one again, or return the one that is open already, with its own cohort.
+
+    One that was frozen before it failed stays frozen: what it is made of was settled, and clients were told.
 
     Raises:
         VersionConflict: The round is committed, or is open on another parent.
@@ -152,10 +178,12 @@ def open_round(
     if row is None:
         nothing = {"bytes_down": 0, "bytes_up": 0, "seconds": 0.0}
         connection.execute(sa.insert(t.round_).values(run_id=run_id, number=number, **state, **nothing))
+        audit.append(connection, "round-opened", f"{run_id}/{number}", parent=parent)
     elif row.state == "committed" or (row.state == "open" and row.parent_id != parent_id):
         raise VersionConflict(f"round {number} of run {run_id} is {row.state} already, on its own parent")
     elif row.state == "failed":
         connection.execute(sa.update(t.round_).where(*_is_round(run_id, number)).values(**state))
+        audit.append(connection, "round-opened", f"{run_id}/{number}", parent=parent)
     return rounds(connection, run_id, number)[0]
 
 
@@ -170,15 +198,35 @@ def close_round(
     """
     row = lock_round(connection, run_id, number)
     if row.state != "open":
-        raise VersionConflict(f"round {number} of run {run_id} is {row.state} already; it was closed before")
+        won = connection.scalar(sa.select(_REF).where(t.version.c.run_id == run_id, t.version.c.round == number))
+        what = f"{row.state} already{f' as {won}' if won else ''}"
+        raise VersionConflict(f"round {number} of run {run_id} is {what}; it was closed before")
     values_at = {**values, "closed_at": datetime.now(UTC)}
     connection.execute(sa.update(t.round_).where(*_is_round(run_id, number)).values(**values_at))
     return row
 
 
+def freeze_round(connection: sa.Connection, run_id: str, number: int) -> Round:
+    """Let an open round take no more updates; what is accepted by now is what its version is made of.
+
+    Raises:
+        AdapterNotFound: There is no such round.
+        VersionConflict: It is closed already.
+    """
+    row = lock_round(connection, run_id, number)
+    if row.state != "open":
+        raise VersionConflict(f"round {number} of run {run_id} is {row.state} already; it was closed before")
+    if row.frozen_at is None:
+        frozen = {"frozen_at": datetime.now(UTC)}
+        connection.execute(sa.update(t.round_).where(*_is_round(run_id, number)).values(**frozen))
+        audit.append(connection, "round-frozen", f"{run_id}/{number}")
+    return rounds(connection, run_id, number)[0]
+
+
 def fail_round(connection: sa.Connection, run_id: str, number: int, reason: str) -> Round:
     """Close an open round without a version."""
     close_round(connection, run_id, number, state="failed", reason=text(reason, limit=REASON_LENGTH))
+    audit.append(connection, "round-failed", f"{run_id}/{number}")
     return rounds(connection, run_id, number)[0]
 
 
@@ -188,7 +236,7 @@ def lock_round(connection: sa.Connection, run_id: str, number: int) -> sa.Row[tu
     Raises:
         AdapterNotFound: There is no such round.
     """
-    row = connection.execute(_select_round(run_id, number).with_for_update()).one_or_none()
+    row = connection.execute(_LOCKED_ROUND, {"in_run": run_id, "in_round": number}).one_or_none()
     if row is None:
         raise AdapterNotFound(f"run {run_id!r} has no round {number}; open it first")
     return row
@@ -197,15 +245,17 @@ def lock_round(connection: sa.Connection, run_id: str, number: int) -> sa.Row[tu
 def rounds(connection: sa.Connection, run_id: str, number: int | None = None) -> list[Round]:
     """Return the rounds of a run, or one of them, with what they published."""
     query = (
-        sa.select(t.round_, _ref().label("parent"))
+        sa.select(t.round_, _REF.label("parent"))
         .outerjoin(t.version, t.version.c.id == t.round_.c.parent_id)
         .where(t.round_.c.run_id == run_id)
         .order_by(t.round_.c.number)
     )
+    publishes = [t.version.c.run_id == run_id]
     if number is not None:
         query = query.where(t.round_.c.number == number)
-    published = {item.round_number: item for item in versions.load(connection, t.version.c.run_id == run_id)}
-    counts = _count_submissions(connection, run_id)
+        publishes.append(t.version.c.round == number)
+    published = {item.round_number: item for item in versions.load(connection, *publishes)}
+    counts = _count_submissions(connection, run_id, number)
     return [
         Round(
             run_id=row.run_id,
@@ -215,6 +265,7 @@ def rounds(connection: sa.Connection, run_id: str, number: int | None = None) ->
             parent=row.parent,
             cohort=tuple(row.cohort),
             opened_at=row.opened_at,
+            frozen_at=row.frozen_at,
             closed_at=row.closed_at,
             bytes_down=row.bytes_down,
             bytes_up=row.bytes_up,
@@ -231,12 +282,24 @@ def rounds(connection: sa.Connection, run_id: str, number: int | None = None) ->
 
 def receipt(connection: sa.Connection, new: NewSubmission, sha256: str) -> Submission | None:
     """Return the row of this very update, recorded before."""
-    same = (
-        t.submission.c.client == text(new.client, limit=_NAME_LENGTH),
-        t.submission.c.nonce == text(new.nonce, limit=_NONCE_LENGTH),
-        t.submission.c.sha256 == sha256,
-    )
-    return next(iter(submissions(connection, new.run_id, new.round_number, *same)), None)
+    row = connection.execute(_RECEIPT, {**_identity(new), "of_bytes": sha256}).first()
+    return _submission(row) if row else None
+
+
+def insert_submissions(
+    connection: sa.Connection, new: Sequence[tuple[NewSubmission, str]]
+) -> list[Submission | RegistryError]:
+    """Write the rows of updates with their hashes; return for each its row, or why it has none.
+
+    Rounds are locked in one order, so that two writers cannot wait for each other.
+    """
+    found: dict[int, Submission | RegistryError] = {}
+    for place in sorted(range(len(new)), key=lambda place: (new[place][0].run_id, new[place][0].round_number)):
+        try:
+            found[place] = insert_submission(connection, *new[place])
+        except RegistryError as error:  # it comes before anything is written
+            found[place] = error
+    return [found[place] for place in range(len(new))]
 
 
 def insert_submission(connection: sa.Connection, new: NewSubmission, sha256: str) -> Submission:
@@ -251,7 +314,7 @@ def insert_submission(connection: sa.Connection, new: NewSubmission, sha256: str
     if known := receipt(connection, new, sha256):
         return known
     if new.status == "accepted":
-        _require_room(connection, new, state=row.state)
+        _require_room(connection, new, state="closing" if row.state == "open" and row.frozen_at else row.state)
     values = {
         "run_id": new.run_id,
         "round": new.round_number,
@@ -268,21 +331,21 @@ def insert_submission(connection: sa.Connection, new: NewSubmission, sha256: str
         "train_loss": real(new.train_loss),
         "spectrum": json_value(new.spectrum) if new.spectrum else None,
     }
-    statement = sa.insert(t.submission).values(**values).returning(t.submission.c.id)
-    key = connection.execute(statement).scalar_one()
-    return submissions(connection, new.run_id, None, t.submission.c.id == key)[0]
+    key = connection.execute(_INSERT, values).scalar_one()
+    where = f"{new.run_id}/{new.round_number}: {values['client']}"
+    audit.append(connection, "submission-recorded", where, status=new.status, sha256=sha256)
+    if new.status == "accepted":
+        reach("submission-inserted")
+    return _submission(connection.execute(_RECORDED, {"with_id": key}).one())
 
 
 def submissions(
     connection: sa.Connection, run_id: str, number: int | None, *where: sa.ColumnElement[bool]
 ) -> list[Submission]:
     """Return the submissions of a run, or of one round, in the order they came."""
-    chosen = (t.submission.c.run_id == run_id, *where)
+    query = _SUBMISSIONS.where(t.submission.c.run_id == run_id, *where)
     if number is not None:
-        chosen = (t.submission.c.round == number, *chosen)
-    query = (
-        sa.select(t.submission, _ref().label("version")).outerjoin(t.version).where(*chosen).order_by(t.submission.c.id)
-    )
+        query = query.where(t.submission.c.round == number)
     return [_submission(row) for row in connection.execute(query)]
 
 
@@ -312,17 +375,28 @@ def _require_room(connection: sa.Connection, new: NewSubmission, *, state: str) 
     where = f"round {new.round_number} of run {new.run_id}"
     if state != "open":
         raise VersionConflict(f"{where} is {state}; the update of {new.client!r} can only be recorded as late")
-    accepted = sa.select(t.submission.c.client).filter_by(run_id=new.run_id, status="accepted")
-    client = text(new.client, limit=_NAME_LENGTH)
-    if connection.execute(accepted.filter_by(round=new.round_number, client=client)).first():
+    if connection.execute(_OF_SAME_CLIENT, _identity(new)).first():
         raise VersionConflict(f"{where} has another accepted update of {new.client!r}; the first one counts")
-    if connection.execute(accepted.filter_by(nonce=text(new.nonce, limit=_NONCE_LENGTH))).first():
+    if connection.execute(_OF_SAME_NONCE, _identity(new)).first():
         raise VersionConflict(f"the nonce of {new.client!r} in {where} was used before; send a new one")
 
 
-def _count_submissions(connection: sa.Connection, run_id: str) -> dict[tuple[int, SubmissionStatus], int]:
+def _identity(new: NewSubmission) -> dict[str, str | int]:
+    return {
+        "in_run": new.run_id,
+        "in_round": new.round_number,
+        "of_client": text(new.client, limit=_NAME_LENGTH),
+        "with_nonce": text(new.nonce, limit=_NONCE_LENGTH),
+    }
+
+
+def _count_submissions(
+    connection: sa.Connection, run_id: str, number: int | None
+) -> dict[tuple[int, SubmissionStatus], int]:
     columns = (t.submission.c.round, t.submission.c.status)
     query = sa.select(*columns, sa.func.count()).where(t.submission.c.run_id == run_id).group_by(*columns)
+    if number is not None:
+        query = query.where(t.submission.c.round == number)
     return {(number, status): amount for number, status, amount in connection.execute(query)}
 
 
@@ -332,7 +406,3 @@ def _select_round(run_id: str, number: int) -> sa.Select[tuple[object, ...]]:
 
 def _is_round(run_id: str, number: int) -> tuple[sa.ColumnElement[bool], sa.ColumnElement[bool]]:
     return t.round_.c.run_id == run_id, t.round_.c.number == number
-
-
-def _ref() -> sa.ColumnElement[str]:
-    return t.version.c.adapter_name + "/" + sa.cast(t.version.c.version, sa.String(20))

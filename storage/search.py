@@ -10,12 +10,14 @@ from pomona.errors import ConfigError
 from pomona.storage import tables as t
 from pomona.storage import versions
 from pomona.storage.conditions import bound, condition, sortable
-from pomona.storage.fields import Column, Kind, Source, find
+from pomona.storage.fields import Column, Few, Kind, Source, find
 from pomona.storage.filters import Ranking, parse_filter, parse_order, refuse
 from pomona.storage.pages import read_token, write_token
 from pomona.storage.records import SearchPage
 
 MAX_LIMIT = 1000
+
+_FEW = 20_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +38,13 @@ def search(connection: sa.Connection, text: str, *, order_by: str, limit: int, p
     """
     if not 0 < limit <= MAX_LIMIT:
         raise ConfigError(f"expected a limit of 1 to {MAX_LIMIT} versions, got {limit}")
-    asked = (text, order_by)
+    asked, few = (text, order_by), _counted_on(connection)
     _, keys = statement(text, order_by=order_by, dialect=connection.dialect.name)
     after = read_token(page_token, asked, [key.kind for key in keys]) if page_token is not None else None
     found: Sequence[sa.Row[Any]] = []
     # those that have what they are ordered by come first, and an index finds them; mostly they fill the page
     for measured in (True, False) if keys[0].optional and (after is None or after[0] is not None) else (False,):
-        query, keys = statement(text, order_by=order_by, dialect=connection.dialect.name, measured=measured)
+        query, keys = statement(text, order_by=order_by, dialect=connection.dialect.name, measured=measured, few=few)
         if after is not None:
             query = query.where(_after(keys, after))
         found = connection.execute(query.limit(limit + 1)).all()
@@ -54,7 +56,9 @@ def search(connection: sa.Connection, text: str, *, order_by: str, limit: int, p
     return SearchPage(versions=[by_id[key] for key in ids], next_page_token=more)
 
 
-def statement(text: str, *, order_by: str, dialect: str, measured: bool = False) -> tuple[sa.Select[Any], list[Key]]:
+def statement(
+    text: str, *, order_by: str, dialect: str, measured: bool = False, few: Few = lambda _: True
+) -> tuple[sa.Select[Any], list[Key]]:
     """Return what finds all versions that satisfy a filter, and what it orders them by.
 
     Its rows are the values of the keys. The last key is the version's id, newest first, so that no two rows are alike.
@@ -78,8 +82,18 @@ def statement(text: str, *, order_by: str, dialect: str, measured: bool = False)
     if measured:
         query = query.where(keys[0].column.is_not(None))
     if expression is not None:
-        query = query.where(condition(text, expression, dialect=dialect))
+        query = query.where(condition(text, expression, dialect=dialect, few=few))
     return query, keys
+
+
+def _counted_on(connection: sa.Connection) -> Few:
+    """Return what counts rows, as far as it matters; PostgreSQL knows its tables well enough to choose by itself."""
+
+    def is_few(query: sa.SelectBase) -> bool:
+        some = query.subquery().select().limit(_FEW + 1).subquery()
+        return (connection.scalar(sa.select(sa.func.count()).select_from(some)) or 0) <= _FEW
+
+    return is_few if connection.dialect.name == "sqlite" else lambda _: True
 
 
 def _source(text: str, ranking: Ranking) -> Source:
@@ -114,4 +128,8 @@ def _after(keys: Sequence[Key], values: Sequence[object]) -> sa.ColumnElement[bo
             beyond = sa.or_(beyond, key.column.is_(None))
         ways.append(sa.and_(*same, beyond))
         same.append(key.column == here)
-    return sa.or_(*ways)
+    first, value = keys[0], values[0]
+    if value is None or first.optional:
+        return sa.or_(*ways)
+    here = bound(first.kind, value)  # says nothing new, but where in an index the page begins
+    return sa.and_(first.column <= here if first.descending else first.column >= here, sa.or_(*ways))

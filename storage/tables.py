@@ -20,6 +20,9 @@ metadata = sa.MetaData(
 )
 
 ACCEPTED = sa.text("status = 'accepted'")
+SHORT_TAG_LENGTH = 200  # an index of PostgreSQL cannot hold the 5,000 characters that a tag may have
+SHORT_TAG = sa.text(f"length(value) <= {SHORT_TAG_LENGTH}")
+LONG_TAG = sa.text(f"length(value) > {SHORT_TAG_LENGTH}")
 
 
 class UtcDateTime(sa.TypeDecorator[datetime]):
@@ -119,6 +122,8 @@ version = sa.Table(
     sa.UniqueConstraint("adapter_name", "version"),
     sa.UniqueConstraint("run_id", "round"),
     sa.Index("ix_version_created_at", "created_at"),
+    sa.Index("ix_version_rank", "rank"),
+    sa.Index("ix_version_blob_sha256", "blob_sha256"),
     sa.CheckConstraint("version > 0", name="version_is_positive"),
     sa.CheckConstraint("(run_id IS NULL) = (round IS NULL)", name="run_and_round_go_together"),
     sa.CheckConstraint("exactness IN ('exact', 'truncated', 'approximate', 'behavioural')", name="exactness"),
@@ -139,6 +144,7 @@ round_ = sa.Table(
     sa.Column("bytes_down", sa.BigInteger, nullable=False),
     sa.Column("bytes_up", sa.BigInteger, nullable=False),
     sa.Column("seconds", sa.Double, nullable=False),
+    _moment("frozen_at", nullable=True),
     sa.CheckConstraint("state IN ('open', 'committed', 'failed')", name="state"),
 )
 
@@ -164,7 +170,7 @@ submission = sa.Table(
     sa.Column("spectrum", sa.JSON, nullable=True),
     sa.ForeignKeyConstraint(["run_id", "round"], ["round.run_id", "round.number"]),
     sa.CheckConstraint("status IN ('accepted', 'rejected', 'late', 'quarantined')", name="status"),
-    sa.Index("ix_submission_run_id_round", "run_id", "round"),
+    sa.Index("ix_submission_run_id_round_client", "run_id", "round", "client"),
     sa.Index("ix_submission_version_id", "version_id"),
     sa.Index(
         "uq_submission_accepted",
@@ -223,7 +229,8 @@ tag = sa.Table(
     _version_id(primary_key=True),
     sa.Column("key", sa.String(100), primary_key=True),
     _text("value"),
-    sa.Index("ix_tag_key", "key"),
+    sa.Index("ix_tag_short", "key", "value", "version_id", sqlite_where=SHORT_TAG, postgresql_where=SHORT_TAG),
+    sa.Index("ix_tag_long", "key", sqlite_where=LONG_TAG, postgresql_where=LONG_TAG),
 )
 
 metric = sa.Table(
@@ -233,4 +240,17 @@ metric = sa.Table(
     sa.Column("key", sa.String(100), primary_key=True),
     sa.Column("value", sa.Double, nullable=True),
     sa.Index("ix_metric_key_value_version_id", "key", "value", "version_id"),
+)
+
+audit = sa.Table(
+    "audit",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=False),
+    _moment("at"),
+    _text("actor"),
+    sa.Column("event", sa.String(40), nullable=False),
+    _text("subject"),
+    sa.Column("details", sa.JSON, nullable=False),
+    _sha256("previous"),
+    _sha256("sha256"),
 )

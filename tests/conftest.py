@@ -71,9 +71,13 @@ def flower_task(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A BERT encoder of random weights, in which the keywords of a class have like embeddings, as if pretrained."""
+    return write_tiny_bert(tmp_path_factory.mktemp("models") / "tiny-bert")
+
+
+def write_tiny_bert(folder: Path) -> Path:
+    """Write that encoder into a folder and return the folder."""
     from transformers import BertConfig, BertModel
 
-    folder = tmp_path_factory.mktemp("models") / "tiny-bert"
     config = BertConfig(
         vocab_size=_save_tokenizer(folder, frame=True),
         hidden_size=16,
@@ -123,6 +127,11 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A CSV file of four classes that one keyword decides; ``split`` says which rows are held out."""
+    return write_toy_data(tmp_path_factory.mktemp("data") / "toy.csv")
+
+
+def write_toy_data(path: Path) -> Path:
+    """Write those rows into a file and return its path."""
     chooser = random.Random(5)
     rows = []
     for split, count in ROWS_PER_CLASS.items():
@@ -133,7 +142,6 @@ def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 chooser.shuffle(text)
                 rows.append(f"{' '.join(text)},{label},{split}")
     chooser.shuffle(rows)
-    path = tmp_path_factory.mktemp("data") / "toy.csv"
     path.write_text("\n".join(["text,label,split", *rows]) + "\n", encoding="utf-8")
     return path
 

@@ -1,8 +1,9 @@
 """What every strategy takes and gives. A strategy is a module with two functions, ``assign`` and ``aggregate``.
 
 The state that a strategy sees is the global adapter, one :class:`LoraFactors` of scale 1 per layer. What a server
-optimiser or self-pruning remember besides is the coordinator's, and kept beside each version. Where a strategy keeps several parts in it (what clients train on,
-and what stays frozen), the parts are stacked, and their order is part of its contract.
+optimiser or self-pruning remember besides is the coordinator's, and kept beside each version. Where a strategy keeps
+several parts in it (what clients train on, and what stays frozen), the parts are stacked, and their order is part of
+its contract.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

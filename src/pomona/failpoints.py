@@ -10,13 +10,19 @@ from typing import Literal
 VARIABLE = "POMONA_FAILPOINT"
 
 Place = Literal[
-    "submission-received",
-    "submission-blob-written",
-    "submission-recorded",
     "round-opened",
+    "submission-received",
+    "blob-written",
+    "blob-synced",
+    "blob-renamed",
+    "submission-blob-written",
+    "submission-inserted",
+    "submission-recorded",
     "round-closing",
+    "round-frozen",
     "round-aggregated",
     "version-blob-written",
+    "version-inserted",
     "version-published",
 ]
 

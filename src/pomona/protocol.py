@@ -115,10 +115,12 @@ class Exclusion(_Record):
 
     Attributes:
         run_id: The run.
+        round_number: The round whose update does not count; None: it takes no part in the run.
         reason: Why, and what to do.
     """
 
     run_id: RunId
+    round_number: Annotated[int, Field(ge=1, le=2**31)] | None = None
     reason: Annotated[str, Field(max_length=_MAX_ERROR_CHARS)]
 
 

@@ -22,7 +22,7 @@ from pomona.client.trainer import Profile, Trainer
 from pomona.datasets import Dataset
 from pomona.errors import PayloadError, UpdateRejected
 from pomona.lora_model import AdaptedModel, Task
-from pomona.protocol import ENROL, TRAIN, Enrolled, Invitation, Refusal, TrainRequest
+from pomona.protocol import ENROL, TELL, TRAIN, Enrolled, Exclusion, Invitation, Refusal, TrainRequest
 from pomona.seeds import seed_of
 from pomona.settings import TrainingSettings
 from pomona.wire import decode_update, decode_weights, encode_weights
@@ -364,6 +364,21 @@ def test_refuses_a_request_that_says_more_than_is_known(trainer: Trainer, invita
 def test_refuses_requests_of_an_unknown_kind(trainer: Trainer, invitation: Invitation, kind: str) -> None:
     told = refused(trainer.answer(kind, invitation.model_dump_json(), b""))
     assert told == f"expected a request to query or train, got {kind!r}"
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (None, "anna takes no part in run run-1: why"),
+        (7, "anna: its update of round 7 of run run-1 does not count: why"),
+    ],
+)
+def test_says_what_it_is_told(
+    number: int | None, said: str, trainer: Trainer, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = Exclusion(run_id="run-1", round_number=number, reason="why")
+    assert trainer.answer(TELL, told.model_dump_json(), b"") == ("told", "{}", b"")
+    assert said in caplog.text
 
 
 def _cut(payload: bytes) -> bytes:

@@ -1,19 +1,64 @@
-"""A federation in a process of its own, which a failpoint kills; what it leaves is what a test goes on with."""
+"""Coordinators that live until they are killed, each a process of its own, forked from one that has imported all.
 
+Importing torch and Flower takes longer than a run of the tiny model, and what SIGKILL takes away and what it leaves is
+the same for a forked process. Run as ``python -m tests.coordinator.run_until_killed``; :class:`tests.coordinator.lives.
+Lives` does, and says on standard input, one JSON object a line, what each life is to be.
+"""
+
+import json
+import os
+import signal
 import sys
+import time
+from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
+from typing import Self
 
 from flwr.supercore.task_identity import TaskIdentity
-from tests.coordinator.grid import InProcessGrid, Node
+from tests.coordinator.grid import Answer, InProcessGrid, Node, Reply, Tamper
 
 from pomona.client.trainer import Profile
 from pomona.coordinator import federation, replies
 from pomona.coordinator.federation import run_federation
+from pomona.coordinator.recovery import only_coordinator
 from pomona.datasets import Dataset, Task, load_dataset
+from pomona.errors import PomonaError
+from pomona.failpoints import VARIABLE
 from pomona.settings import RunSettings
-from pomona.storage.registry import open_registry
+from pomona.storage import publishing, rounds, versions
+from pomona.storage.records import NewSubmission, NewVersion, Submission, Version
+from pomona.storage.registry import Registry, open_registry
 
 RANKS = (2, 4, 3)
+RUN = "run-1"
+JOURNAL, LOG = "journal.jsonl", "coordinator.log"
+_LOOK_S = 0.001
+
+
+class Journalling(Registry):
+    """A registry that writes down elsewhere what it has promised, so that the promise can be held against it."""
+
+    def __init__(self, registry: Registry, journal: Path) -> None:
+        super().__init__(registry._engine, registry.blobs)
+        self._journal = journal
+
+    def record_submission(self, new: NewSubmission) -> Submission:
+        recorded = super().record_submission(new)
+        if recorded.status == "accepted":
+            self.note("acknowledged", recorded.round_number, recorded.client, recorded.sha256)
+        return recorded
+
+    def publish_round(self, new: NewVersion) -> Version:
+        made = super().publish_round(new)
+        self.note("published", new.round_number, made.ref, made.sha256)
+        return made
+
+    def note(self, event: str, round_number: int, name: str, sha256: str = "") -> None:
+        """Append one line; it is with the kernel when this returns, which no SIGKILL takes back."""
+        line = json.dumps({"event": event, "round": round_number, "name": name, "sha256": sha256})
+        descriptor = os.open(self._journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        os.write(descriptor, f"{line}\n".encode())
+        os.close(descriptor)
 
 
 def nodes(model: Path, data: Path) -> list[Node]:
@@ -30,18 +75,89 @@ def nodes(model: Path, data: Path) -> list[Node]:
     return [Node(profile(number)) for number in range(len(RANKS))]
 
 
-def main(home: str, model: str, data: str, settings: str) -> None:
-    """Run it, or go on with it."""
+def federate(home: Path, model: Path, data: Path, settings: RunSettings) -> None:
+    """Coordinate the run, or go on with it."""
     for name in ("_task_id", "_run_id", "_node_id"):
         setattr(TaskIdentity, name, 1)
     replies._POLL_S = 0.01
     federation._JOIN_POLL_S = 0.01
-    with open_registry(Path(home)) as registry:
-        grid = InProcessGrid(nodes(Path(model), Path(data)))
-        run_federation(grid, RunSettings.model_validate_json(settings), registry, run_id="run-1")
-        asked = sum(len(node.asked) for node in grid.nodes.values())
-    sys.stdout.write(f"asked {asked}\n")
+    with open_registry(home) as opened, only_coordinator(opened, RUN):
+        registry = Journalling(opened, home / JOURNAL)
+        clients = nodes(model, data)
+        for node in clients:
+            node.trains = _noted(registry, node.profile.name)
+        run_federation(InProcessGrid(clients), settings, registry, run_id=RUN)
+
+
+def _noted(registry: Journalling, client: str) -> Tamper:
+    def trained(request: str, answer: Answer) -> Reply:
+        registry.note("asked", json.loads(request)["round_number"], client)
+        return answer
+
+    return trained
+
+
+def set_clock(shift_s: float) -> None:
+    """Let this process believe that it is so many seconds later; what counts seconds (``time.monotonic``) goes on."""
+    real, shift = time.time, timedelta(seconds=shift_s)
+
+    class Shifted(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> Self:
+            return super().now(tz) + shift
+
+    time.time = lambda: real() + shift_s
+    for module in (publishing, rounds, versions):
+        setattr(module, "datetime", Shifted)  # noqa: B010 - a name that the module imported
+
+
+def live(wanted: dict[str, str | float | None]) -> int:
+    """Be one coordinator in this process, and return its exit code."""
+    home = Path(str(wanted["home"]))
+    log = os.open(home / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    if wanted["failpoint"]:
+        os.environ[VARIABLE] = str(wanted["failpoint"])
+    if shift_s := float(wanted["clock_s"] or 0.0):
+        set_clock(shift_s)
+    settings = RunSettings.model_validate_json(str(wanted["settings"]))
+    try:
+        federate(home, Path(str(wanted["model"])), Path(str(wanted["data"])), settings)
+    except PomonaError as error:
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        return error.exit_code
+    return 0
+
+
+def die_and_tell(wanted: dict[str, str | float | None]) -> dict[str, float]:
+    """Fork one life, kill it when its time is over, and return how it ended."""
+    if len(os.listdir("/proc/self/task")) > 1:  # noqa: PTH208 - also those that Python knows nothing of
+        raise SystemExit("only a process with one thread can be forked safely")
+    began, limit = time.monotonic(), wanted["kill_after_s"]
+    if (pid := os.fork()) == 0:
+        code = 1
+        try:
+            code = live(wanted)
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    while (ended := os.waitpid(pid, os.WNOHANG)) == (0, 0):
+        if limit is not None and time.monotonic() - began > float(limit):
+            os.kill(pid, signal.SIGKILL)
+            limit = None
+        time.sleep(_LOOK_S)
+    return {"code": os.waitstatus_to_exitcode(ended[1]), "seconds": time.monotonic() - began}
+
+
+def main() -> None:
+    """Read what lives are wanted, and write how each ended."""
+    for line in sys.stdin:
+        sys.stdout.write(json.dumps(die_and_tell(json.loads(line))) + "\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

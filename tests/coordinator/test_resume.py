@@ -1,10 +1,6 @@
 """A coordinator that is killed loses nothing: the run goes on, and ends with the bytes it would have had anyway."""
 
-import os
-import signal
-import subprocess
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -12,18 +8,18 @@ from typing import get_args
 import httpx
 import pytest
 from tests.coordinator.grid import InProcessGrid
-from tests.coordinator.run_until_killed import nodes
+from tests.coordinator.lives import Lives
+from tests.coordinator.run_until_killed import JOURNAL, LOG, RUN, nodes
+from tests.invariants import Outside, Replay, broken_after_collection, broken_promises, read_journal
 
 from pomona.coordinator.federation import run_federation
 from pomona.coordinator.recovery import only_coordinator, resumable_run
 from pomona.errors import AdapterNotFound, ConfigError, ProcessError, ServerGone
-from pomona.failpoints import VARIABLE, Place
+from pomona.failpoints import Place
 from pomona.settings import RunSettings
 from pomona.storage.records import RunState
 from pomona.storage.registry import Registry, open_registry
 
-ROOT = Path(__file__).parents[2]
-RUN = "run-1"
 ROUNDS = 3
 CLIENTS = 3
 METHODS: dict[str, Mapping[str, object]] = {
@@ -32,8 +28,6 @@ METHODS: dict[str, Mapping[str, object]] = {
     "self-pruning": {"strategy": "hetlora", "max_rank": 16, "self_pruning": {"penalty": 0.5, "decay": 0.5}},
 }
 
-Start = Callable[..., tuple[int, str]]
-
 
 def settings_of(method: str, model: Path, data: Path) -> RunSettings:
     return RunSettings.model_validate(
@@ -41,7 +35,7 @@ def settings_of(method: str, model: Path, data: Path) -> RunSettings:
             "name": "toy",
             "rounds": ROUNDS,
             "seed": 3,
-            "model": {"base": str(model), "max_length": 16},
+            "model": {"base": str(model), "max_length": 16, "target_modules": ["query", "value"]},
             "data": {"source": str(data)},
             "cohort": {"join_timeout_s": 20.0, "round_deadline_s": 60.0, "min_clients": CLIENTS},
             "training": {"batch_size": 8, "max_steps": 2, "learning_rate": 1e-2},
@@ -52,46 +46,45 @@ def settings_of(method: str, model: Path, data: Path) -> RunSettings:
 
 
 @pytest.fixture(scope="module")
-def start(tiny_bert: Path, toy_data: Path) -> Start:
-    """Return what runs a federation in a process of its own, to its end or until a failpoint kills it."""
+def lives(tiny_bert: Path, toy_data: Path) -> Iterator[Lives]:
+    """What lets coordinators live, each in a process of its own, to its end or until it is killed."""
+    with Lives(tiny_bert, toy_data) as made:
+        yield made
 
-    def run(home: Path, method: str, failpoint: str = "") -> tuple[int, str]:
-        settings = settings_of(method, tiny_bert, toy_data)
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}
-        env.pop("POMONA_REGISTRY_URL", None)
-        command = [sys.executable, "-m", "tests.coordinator.run_until_killed", str(home)]
-        done = subprocess.run(
-            [*command, str(tiny_bert), str(toy_data), settings.model_dump_json()],
-            env={**env, VARIABLE: failpoint} if failpoint else env,
-            cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
-        )  # fmt: skip
-        assert done.returncode in {0, -signal.SIGKILL}, done.stderr[-3000:]
-        return done.returncode, done.stdout
 
-    return run
+@pytest.fixture(scope="module")
+def settings(tiny_bert: Path, toy_data: Path) -> dict[str, RunSettings]:
+    return {method: settings_of(method, tiny_bert, toy_data) for method in METHODS}
+
+
+@pytest.fixture(scope="module")
+def replays(settings: dict[str, RunSettings]) -> dict[str, Replay]:
+    return {method: Replay(each) for method, each in settings.items()}
 
 
 def published(registry: Registry) -> list[bytes]:
     return [registry.payload(version.ref) for version in sorted(registry.versions("toy"), key=lambda v: v.number)]
 
 
-def assert_nothing_is_lost_or_counted_twice(registry: Registry) -> None:
-    for each in registry.submissions(RUN):
-        if each.status == "accepted":
-            assert registry.blobs.get(each.sha256)
-    for round_ in registry.rounds(RUN):
-        accepted = [s.client for s in registry.submissions(RUN, round_.number) if s.status == "accepted"]
-        assert len(accepted) == len(set(accepted))
-        assert (round_.version is not None) == (round_.state == "committed")
+def held(registry: Registry) -> list[tuple[int, str]]:
+    return [(each.round_number, each.client) for each in registry.submissions(RUN) if each.status == "accepted"]
+
+
+def known(home: Path, replay: Replay, *, kills: int) -> Outside:
+    """Return what the registry of a life is held against; the data of clients are what a log must not tell."""
+    texts = ("hammer", "salmon", "thunder", "cheese")
+    return Outside(journal=read_journal(home / JOURNAL), logs=[home / LOG], secrets=texts, replay=replay, orphans=kills)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(start: Start, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[bytes]]:
+def undisturbed(
+    lives: Lives, settings: dict[str, RunSettings], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[bytes]]:
     """Return what each method publishes when nothing happens."""
     found = {}
     for method in METHODS:
         home = tmp_path_factory.mktemp(method)
-        assert start(home, method)[0] == 0
+        assert lives.live(home, settings[method]).code == 0, (home / LOG).read_text()
         with open_registry(home) as registry:
             found[method] = published(registry)
     return found
@@ -99,30 +92,63 @@ def undisturbed(start: Start, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 @pytest.mark.parametrize("place", [f"{place}:2" for place in get_args(Place)])
 def test_a_run_killed_anywhere_ends_with_the_same_bytes(
-    place: str, start: Start, undisturbed: dict[str, list[bytes]], tmp_path: Path
+    place: str,
+    lives: Lives,
+    settings: dict[str, RunSettings],
+    replays: dict[str, Replay],
+    undisturbed: dict[str, list[bytes]],
+    tmp_path: Path,
 ) -> None:
-    code, _ = start(tmp_path, "flora-bounded", place)
-    assert code == -signal.SIGKILL
+    method = "flora-bounded"
+    assert lives.live(tmp_path, settings[method], failpoint=place).killed
     with open_registry(tmp_path) as registry:
         assert registry.run(RUN).state == "running"
-        assert_nothing_is_lost_or_counted_twice(registry)
-        held = [(each.round_number, each.client) for each in registry.submissions(RUN) if each.status == "accepted"]
-    code, told = start(tmp_path, "flora-bounded")
-    assert code == 0
-    assert f"asked {ROUNDS * CLIENTS - len(held)}\n" in told, "a client was asked again for what it had delivered"
+        assert not broken_promises(registry, RUN, known(tmp_path, replays[method], kills=1))
+        before = held(registry)
+    assert lives.live(tmp_path, settings[method]).code == 0, (tmp_path / LOG).read_text()
     with open_registry(tmp_path) as registry:
         assert registry.run(RUN).state == "finished"
-        assert_nothing_is_lost_or_counted_twice(registry)
-        assert published(registry) == undisturbed["flora-bounded"]
+        assert len(held(registry)) == ROUNDS * CLIENTS
+        assert set(before) <= set(held(registry))
+        assert not broken_promises(registry, RUN, known(tmp_path, replays[method], kills=1))
+        assert not broken_after_collection(registry, RUN)
+        assert published(registry) == undisturbed[method]
 
 
 @pytest.mark.parametrize("method", [method for method in METHODS if method != "flora-bounded"])
 def test_what_the_aggregation_remembers_is_not_forgotten(
-    method: str, start: Start, undisturbed: dict[str, list[bytes]], tmp_path: Path
+    method: str,
+    lives: Lives,
+    settings: dict[str, RunSettings],
+    replays: dict[str, Replay],
+    undisturbed: dict[str, list[bytes]],
+    tmp_path: Path,
 ) -> None:
-    assert start(tmp_path, method, "round-closing:2")[0] == -signal.SIGKILL
-    assert start(tmp_path, method)[0] == 0
+    assert lives.live(tmp_path, settings[method], failpoint="round-closing:2").killed
+    assert lives.live(tmp_path, settings[method]).code == 0, (tmp_path / LOG).read_text()
     with open_registry(tmp_path) as registry:
+        assert not broken_promises(registry, RUN, known(tmp_path, replays[method], kills=1))
+        assert published(registry) == undisturbed[method]
+
+
+@pytest.mark.parametrize("day", [-24 * 3600.0, 24 * 3600.0])
+def test_a_clock_that_jumps_by_a_day_changes_nothing(
+    day: float,
+    lives: Lives,
+    settings: dict[str, RunSettings],
+    replays: dict[str, Replay],
+    undisturbed: dict[str, list[bytes]],
+    tmp_path: Path,
+) -> None:
+    method = "adam"
+    assert lives.live(tmp_path, settings[method], failpoint="submission-recorded:5").killed
+    assert lives.live(tmp_path, settings[method], failpoint="version-published:1", clock_s=day).killed
+    assert lives.live(tmp_path, settings[method]).code == 0, (tmp_path / LOG).read_text()
+    with open_registry(tmp_path) as registry:
+        _, second, _ = registry.rounds(RUN)
+        assert second.closed_at is not None
+        assert (second.closed_at - second.opened_at).total_seconds() == pytest.approx(day, abs=3600.0)
+        assert not broken_promises(registry, RUN, known(tmp_path, replays[method], kills=2))
         assert published(registry) == undisturbed[method]
 
 

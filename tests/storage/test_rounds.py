@@ -224,6 +224,28 @@ def test_a_failed_round_can_be_opened_again(registry: Registry) -> None:
     assert (again.state, again.reason, again.closed_at, again.cohort) == ("open", "", None, ("carl",))
 
 
+def test_a_frozen_round_takes_no_more_updates(registry: Registry, submission: Submit, make_version: Make) -> None:
+    first = registry.record_submission(submission())
+    assert registry.rounds("run-1")[0].frozen_at is None
+    frozen = registry.freeze_round("run-1", 1)
+    assert frozen.frozen_at is not None
+    assert registry.freeze_round("run-1", 1) == frozen == registry.open_round("run-1", 1, parent=None, cohort=[])
+    with pytest.raises(VersionConflict, match=r"closing; the update of 'bert' can only be recorded as late"):
+        registry.record_submission(submission("bert"))
+    assert registry.record_submission(submission()) == first, "a receipt is given all the same"
+    assert registry.record_submission(submission("bert", status="late", reason="too late")).status == "late"
+    registry.publish_round(make_version(weights={"anna": 1.0}))
+    with pytest.raises(VersionConflict, match="committed already"):
+        registry.freeze_round("run-1", 1)
+
+
+def test_a_round_that_failed_after_it_was_frozen_stays_frozen(registry: Registry) -> None:
+    frozen = registry.freeze_round("run-1", 1)
+    registry.fail_round("run-1", 1, "no space left")
+    again = registry.open_round("run-1", 1, parent=None, cohort=["anna", "bert"])
+    assert (again.state, again.frozen_at) == ("open", frozen.frozen_at)
+
+
 def test_an_open_round_keeps_its_parent(registry: Registry, make_version: Make) -> None:
     registry.publish_round(make_version())
     registry.open_round("run-1", 2, parent="demo/1", cohort=[])

@@ -103,8 +103,8 @@ def test_a_size_that_was_recorded_wrong(two_rounds: Registry, home: Path) -> Non
         ([f"DELETE FROM {EDGES}"], "version demo/2", "its lineage does not say so"),
         (["UPDATE round SET state = 'open' WHERE number = 2"], "round 2 of run run-1", "is open, but has a version"),
         (
-            ["INSERT INTO round SELECT run_id, 3, 'committed', '', 2, '[]', 0, opened_at, closed_at, 0, 0, 0 FROM round"
-             " WHERE number = 2"],
+            ["INSERT INTO round SELECT run_id, 3, 'committed', '', 2, '[]', 0, opened_at, closed_at, 0, 0, 0, NULL "
+             "FROM round WHERE number = 2"],
             "round 3 of run run-1",
             "is committed, but has no version",
         ),

@@ -10,6 +10,7 @@ from pomona.cli import (
     doctor,
     join,
     registry,
+    registry_audit,
     registry_care,
     registry_diff,
     registry_exchange,
@@ -39,6 +40,7 @@ registry.app.command("export")(registry_exchange.export)
 registry.app.command("import")(registry_exchange.take_in)
 registry.app.command("diff")(registry_diff.diff)
 registry.app.command("verify")(registry_care.verify)
+registry.app.command("audit")(registry_audit.audit)
 registry.app.command("gc")(registry_care.collect)
 registry.app.command("backup")(registry_care.backup)
 registry.app.command("restore")(registry_care.restore)

@@ -46,9 +46,11 @@ def collect(
     """
     from pomona.storage.collection import collect_garbage  # noqa: PLC0415
 
-    with opened(home, as_json=as_json) as registry:
+    with opened(home, as_json=as_json, writes=not dry_run) as registry:
         done = collect_garbage(registry, grace_s=grace * 3600.0, dry_run=dry_run)
-    size = sum(blob.bytes for blob in done.blobs)
+        size = sum(blob.bytes for blob in done.blobs)
+        if done.blobs and not dry_run:
+            registry.log_event("garbage-collected", f"{len(done.blobs)} blobs", bytes=size)
     verb = "would delete" if dry_run else "deleted"
     line = (
         f"{verb} {len(done.blobs)} blobs of {size} bytes in all and {done.leftovers} leftovers; "

@@ -1,0 +1,174 @@
+"""What goes wrong around a coordinator: late clients, a clock that jumps, a second coordinator, a crash when frozen."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from tests.coordinator.grid import Answer, InProcessGrid, Node, Reply
+from tests.coordinator.lives import Lives
+from tests.coordinator.run_until_killed import LOG, RUN
+from tests.coordinator.test_resume import settings_of
+from tests.invariants import Outside, Replay, broken_promises
+
+from pomona.client.trainer import Profile
+from pomona.coordinator import federation, replies
+from pomona.coordinator.federation import run_federation
+from pomona.coordinator.recovery import only_coordinator
+from pomona.errors import NotEnoughClients, ServerGone
+from pomona.failpoints import Place
+from pomona.settings import RunSettings
+from pomona.storage.registry import Registry, open_registry
+
+MakeProfile = Callable[..., Profile]
+DAY_S = 24 * 3600.0
+
+
+@pytest.fixture(autouse=True)
+def _quick(flower_task: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    del flower_task
+    monkeypatch.delenv("POMONA_REGISTRY_URL", raising=False)
+    monkeypatch.setattr(replies, "_POLL_S", 0.01)
+    monkeypatch.setattr(federation, "_JOIN_POLL_S", 0.01)
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Iterator[Registry]:
+    with open_registry(tmp_path / "registry") as registry:
+        yield registry
+
+
+@pytest.fixture
+def settings(tiny_bert: Path, toy_data: Path) -> RunSettings:
+    """Return settings of two rounds that wait half a second for their two clients."""
+    made = settings_of("flora-bounded", tiny_bert, toy_data)
+    cohort = made.cohort.model_copy(update={"min_clients": 2, "join_timeout_s": 5.0, "round_deadline_s": 0.5})
+    return made.model_copy(update={"rounds": 2, "cohort": cohort})
+
+
+def silent_in_round(number: int) -> Callable[[str, Answer], Reply]:
+    return lambda request, answer: None if json.loads(request)["round_number"] == number else answer
+
+
+def two(make_profile: MakeProfile, second: Callable[[str, Answer], Reply]) -> list[Node]:
+    return [Node(make_profile(0, count=2)), Node(make_profile(1, count=2), trains=second)]
+
+
+def statuses(registry: Registry) -> list[tuple[int, str, str]]:
+    return sorted((each.round_number, each.client, each.status) for each in registry.submissions(RUN))
+
+
+def test_who_is_late_is_told_so_and_counts_in_the_next_round(
+    registry: Registry, settings: RunSettings, make_profile: MakeProfile
+) -> None:
+    nodes = two(make_profile, silent_in_round(1))
+    run_federation(InProcessGrid(nodes), settings, registry, run_id=RUN)
+    assert statuses(registry)[1:] == [
+        (1, "client-1", "late"), (2, "client-0", "accepted"), (2, "client-1", "accepted"),
+    ]  # fmt: skip
+    assert [node.told for node in nodes] == [[], ["it did not come within 0.5 s"]]
+    assert not broken_promises(registry, RUN, Outside(replay=Replay(settings)))
+
+
+def cut_short(payload: bytes) -> bytes:
+    return payload[:-4]
+
+
+def with_a_name_that_is_no_text(_payload: bytes) -> bytes:
+    header = rb'{"\ud800":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    return len(header).to_bytes(8, "little") + header + bytes(4)
+
+
+@pytest.mark.parametrize("tamper", [cut_short, with_a_name_that_is_no_text])
+def test_who_is_rejected_is_told_why(
+    tamper: Callable[[bytes], bytes], registry: Registry, settings: RunSettings, make_profile: MakeProfile
+) -> None:
+    """Whatever stands in the reason, telling it does not end the round."""
+    nodes = two(make_profile, lambda _request, answer: (*answer[:2], tamper(answer[2])))
+    run_federation(InProcessGrid(nodes), settings, registry, run_id=RUN)
+    rejected = [each for each in registry.submissions(RUN) if each.status == "rejected"]
+    assert [told[:20] for told in nodes[1].told] == [each.reason[:20] for each in rejected]
+    assert len(nodes[1].told) == 2
+    assert not broken_promises(registry, RUN, Outside(replay=Replay(settings)))
+
+
+@pytest.mark.parametrize("place", ["round-frozen", "round-aggregated", "version-blob-written"])
+def test_a_round_that_was_frozen_goes_on_with_what_it_had(
+    place: str,
+    registry: Registry,
+    settings: RunSettings,
+    make_profile: MakeProfile,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its clients need not even be there, and who was told that it came too late is not counted after all."""
+
+    def die(reached: Place) -> None:
+        if reached == place:
+            raise ServerGone("as if it had died")
+
+    with monkeypatch.context() as dying:
+        dying.setattr(federation, "reach", die)
+        dying.setattr("pomona.storage.registry.reach", die)
+        with pytest.raises(ServerGone):
+            run_federation(InProcessGrid(two(make_profile, silent_in_round(1))), settings, registry, run_id=RUN)
+    (begun,) = registry.rounds(RUN)
+    assert begun.state == "open"
+    assert begun.frozen_at is not None
+    nodes = two(make_profile, lambda _request, answer: answer)
+    run_federation(InProcessGrid(nodes), settings, registry, run_id=RUN)
+    assert [[request.round_number for request, _ in node.asked] for node in nodes] == [[2], [2]]
+    assert statuses(registry)[:2] == [(1, "client-0", "accepted"), (1, "client-1", "late")]
+    assert not broken_promises(registry, RUN, Outside(replay=Replay(settings), orphans=1))
+
+
+def test_a_round_with_too_few_updates_is_not_frozen(
+    registry: Registry, settings: RunSettings, make_profile: MakeProfile
+) -> None:
+    """Resumed, it asks the others again."""
+    strict = settings.model_copy(update={"cohort": settings.cohort.model_copy(update={"min_replies": 2})})
+    with pytest.raises(NotEnoughClients):
+        run_federation(InProcessGrid(two(make_profile, silent_in_round(1))), strict, registry, run_id=RUN)
+    (failed,) = registry.rounds(RUN)
+    assert (failed.state, failed.frozen_at) == ("failed", None)
+    nodes = two(make_profile, lambda _request, answer: answer)
+    run_federation(InProcessGrid(nodes), strict, registry, run_id=RUN)
+    assert [[request.round_number for request, _ in node.asked] for node in nodes] == [[2], [1, 2]]
+
+
+@pytest.mark.parametrize("jump_s", [-DAY_S, DAY_S])
+def test_a_clock_that_jumps_neither_ends_a_round_nor_keeps_it_open(
+    jump_s: float,
+    registry: Registry,
+    settings: RunSettings,
+    make_profile: MakeProfile,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = time.time
+
+    def first(_request: str, answer: Answer) -> Reply:
+        monkeypatch.setattr(time, "time", lambda: real() + jump_s)
+        return answer
+
+    nodes = [Node(make_profile(0, count=2), trains=first), Node(make_profile(1, count=2), trains=silent_in_round(1))]
+    began = time.monotonic()
+    run_federation(InProcessGrid(nodes), settings, registry, run_id=RUN)
+    assert abs(time.time() - real()) > DAY_S / 2
+    assert time.monotonic() - began < 60.0
+    assert statuses(registry) == [
+        (1, "client-0", "accepted"), (1, "client-1", "late"), (2, "client-0", "accepted"), (2, "client-1", "accepted"),
+    ]  # fmt: skip
+
+
+def test_a_second_coordinator_of_a_run_is_refused_and_changes_nothing(
+    tiny_bert: Path, toy_data: Path, tmp_path: Path
+) -> None:
+    settings = settings_of("flora-bounded", tiny_bert, toy_data)
+    with Lives(tiny_bert, toy_data) as lives:
+        assert lives.live(tmp_path, settings, failpoint="round-closing:2").killed
+        with open_registry(tmp_path) as registry, only_coordinator(registry, RUN):
+            before = (registry.run(RUN), registry.rounds(RUN), registry.submissions(RUN))
+            assert lives.live(tmp_path, settings).code == 20
+            assert "coordinated by another process" in (tmp_path / LOG).read_text()
+            assert (registry.run(RUN), registry.rounds(RUN), registry.submissions(RUN)) == before
+        assert lives.live(tmp_path, settings).code == 0, "the lock of one that was killed is free"

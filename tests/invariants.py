@@ -1,0 +1,250 @@
+"""What must hold of a registry after any fault, whoever was killed or cut off: the promises of the coordinator.
+
+The registry's own check (:mod:`pomona.storage.verification`) says whether it is whole. This says besides whether it is
+what was promised: by comparing it with a journal that is kept outside of it, by aggregating every round again, and by
+looking for secrets in logs.
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from pomona.adapters import AdapterWeights
+from pomona.base_model import find_base_model
+from pomona.coordinator.beginning import load_held_out
+from pomona.coordinator.method import Accepted, Method, Trained, Work
+from pomona.lora_model import AdaptedModel
+from pomona.settings import RunSettings
+from pomona.storage.collection import collect_garbage
+from pomona.storage.records import Round, Submission
+from pomona.storage.registry import Registry
+from pomona.storage.verification import verify
+from pomona.wire import decode_update, decode_weights, encode_weights
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A line of a journal: somebody was asked, an update was acknowledged, or a version published."""
+
+    event: str
+    round: int
+    name: str
+    sha256: str = ""
+
+
+def read_journal(path: Path) -> list[Event]:
+    """Return what a journal holds; one that was never begun holds nothing."""
+    return [Event(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+class Replay:
+    """Aggregates rounds again from what the registry holds of them, without the round loop."""
+
+    def __init__(self, settings: RunSettings) -> None:
+        labels = load_held_out(settings).labels
+        self._settings = settings
+        self._model = AdaptedModel(
+            find_base_model(settings.model.base),
+            task=settings.task,
+            labels=labels,
+            target_modules=settings.model.target_modules,
+        )
+
+    def payload(self, registry: Registry, made: Round) -> bytes:
+        """Return the bytes that a committed round ought to have published."""
+        method = Method(self._settings, self._model.manifest)
+        weights = self._restored(registry, made, method)
+        ranks = {client.name: client.rank for client in registry.clients(made.run_id)}
+        accepted = []
+        for each in sorted(_counted(registry, made), key=lambda sent: sent.client):
+            rank = method.rank_of(each.client, ranks[each.client] or 0)
+            work = method.work(weights, rank=rank, round_number=made.number)
+            load = partial(_load, registry, each.sha256, work)
+            accepted.append(Accepted(each.client, each.num_examples or 0, each.train_loss or 0.0, load))
+        combined = method.combine(weights, accepted, round_number=made.number)
+        metadata = {
+            "format": "adapter/1",
+            "base_sha256": self._model.manifest.base_sha256,
+            "run_id": made.run_id,
+            "round": made.number,
+        }
+        return encode_weights(combined.weights, metadata=metadata)
+
+    def _restored(self, registry: Registry, made: Round, method: Method) -> AdapterWeights:
+        if made.parent is None:
+            return AdapterWeights(heads=self._model.initial_heads(seed=self._settings.seed))
+        parent = registry.resolve(made.parent)
+        if kept := str(parent.recipe.get("method_state", "")):
+            method.restore(registry.blobs.get(kept))
+        return decode_weights(registry.blobs.get(parent.sha256))[0]
+
+
+def _load(registry: Registry, sha256: str, work: Work) -> Trained:
+    payload = registry.blobs.get(sha256)
+    return Trained(decode_update(payload, known=work.known, known_factor=work.known_factor), work)
+
+
+def _counted(registry: Registry, made: Round) -> list[Submission]:
+    return [
+        each for each in registry.submissions(made.run_id, made.number) if each.status in {"accepted", "quarantined"}
+    ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outside:
+    """What is known besides the registry.
+
+    Attributes:
+        journal: What was promised, in its order.
+        logs: Files that must not tell secrets.
+        secrets: Texts that must not stand there.
+        replay: Aggregates again; None: it is not tried.
+        replay_from: The first round to aggregate again.
+        orphans: So many blobs may lie about, one for each writer that was killed; none after they were collected.
+    """
+
+    journal: Sequence[Event] = ()
+    logs: Sequence[Path] = ()
+    secrets: Sequence[str] = ()
+    replay: Replay | None = None
+    replay_from: int = 1
+    orphans: int = 0
+
+
+@dataclass(slots=True)
+class _Case:
+    registry: Registry
+    run_id: str
+    known: Outside
+    rounds: list[Round] = field(init=False)
+    submissions: list[Submission] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rounds = self.registry.rounds(self.run_id)
+        self.submissions = self.registry.submissions(self.run_id)
+
+
+def broken_promises(registry: Registry, run_id: str, known: Outside | None = None) -> list[str]:
+    """Return every promise that is broken; nobody may write to the registry meanwhile.
+
+    Args:
+        registry: Opened after the fault, as the next coordinator would.
+        run_id: The run.
+        known: What is known besides.
+    """
+    case = _Case(registry, run_id, known or Outside())
+    checks = (_whole, _kept, _counted_once, _published_once, _made_of_what_was_frozen, _again, _aliases, _quiet)
+    return [found for check in checks for found in check(case)]
+
+
+def broken_after_collection(registry: Registry, run_id: str, known: Outside | None = None) -> list[str]:
+    """Return what is broken when garbage was collected: then no orphan is left, and all that is needed still is."""
+    collect_garbage(registry, grace_s=0.0)
+    left = [f"{note.about} is left: {note.found}" for note in verify(registry).notes]
+    return left + broken_promises(registry, run_id, known)
+
+
+def _whole(case: _Case) -> Iterator[str]:
+    found = verify(case.registry)
+    for problem in found.problems:
+        yield f"{problem.about}: {problem.found}"
+    orphans = [note for note in found.notes if note.about.startswith("blob ")]
+    if len(orphans) > case.known.orphans:
+        yield f"{len(orphans)} orphaned blobs, though at most {case.known.orphans} writers died"
+    for note in found.notes:
+        if note not in orphans:
+            yield f"{note.about} was left by a writer that died: {note.found}"
+
+
+def _kept(case: _Case) -> Iterator[str]:
+    """Whatever was acknowledged is there with its hash, and is not asked for again."""
+    accepted = {(each.round_number, each.client, each.sha256) for each in _of_any_use(case)}
+    published = {each.version.ref: each.version.sha256 for each in case.rounds if each.version}
+    acknowledged: set[tuple[int, str]] = set()
+    for each in case.known.journal:
+        match each.event:
+            case "acknowledged":
+                acknowledged.add((each.round, each.name))
+                if (each.round, each.name, each.sha256) not in accepted:
+                    yield f"the update of {each.name} in round {each.round} was acknowledged, and is lost"
+            case "published" if published.get(each.name) != each.sha256:
+                yield f"{each.name} was published as {each.sha256[:12]}, and is {published.get(each.name)}"
+            case "asked" if (each.round, each.name) in acknowledged:
+                yield f"{each.name} was asked again in round {each.round} for what was acknowledged"
+
+
+def _of_any_use(case: _Case) -> list[Submission]:
+    return [each for each in case.submissions if each.status in {"accepted", "quarantined"}]
+
+
+def _counted_once(case: _Case) -> Iterator[str]:
+    for (number, client), amount in Counter((e.round_number, e.client) for e in _of_any_use(case)).items():
+        if amount > 1:
+            yield f"{client} is counted {amount} times in round {number}"
+    for nonce, amount in Counter(each.nonce for each in _of_any_use(case)).items():
+        if amount > 1:
+            yield f"the nonce {nonce} is counted {amount} times"
+    late = {(each.round_number, each.client) for each in case.submissions if each.status == "late"}
+    for number, client in late & {(each.round_number, each.client) for each in _of_any_use(case)}:
+        yield f"{client} was too late in round {number}, and is counted"
+
+
+def _published_once(case: _Case) -> Iterator[str]:
+    numbers = [each.number for each in case.rounds]
+    if numbers != list(range(1, len(numbers) + 1)):
+        yield f"the rounds are {numbers}"
+    for each in case.rounds[:-1]:
+        if each.state != "committed":
+            yield f"round {each.number} is {each.state}, and there is one after it"
+    made = [each.version for each in case.rounds if each.version]
+    if [each.number for each in made] != sorted({each.number for each in made}):
+        yield f"the rounds have published {[each.ref for each in made]}"
+
+
+def _made_of_what_was_frozen(case: _Case) -> Iterator[str]:
+    before = None
+    for each in case.rounds:
+        if each.version is None:
+            continue
+        ref, sent = each.version.ref, [s for s in case.submissions if s.round_number == each.number]
+        if each.frozen_at is None:
+            yield f"{ref} was published of a round that took updates to the end"
+        if (
+            each.parent != before
+            or [p.version.ref for p in case.registry.lineage(ref).parents] != [before][: bool(before)]
+        ):
+            yield f"{ref} was made from {each.parent}, expected {before}"
+        made_of = {s.client for s in sent if s.version == ref}
+        if made_of != (frozen := {s.client for s in sent if s.status == "accepted"}) or not made_of <= set(each.cohort):
+            yield f"{ref} is made of {sorted(made_of)}, expected {sorted(frozen)} of the cohort {list(each.cohort)}"
+        if not math.isclose(total := math.fsum(s.weight or 0.0 for s in sent if s.version == ref), 1.0, rel_tol=1e-9):
+            yield f"the weights in {ref} sum to {total}"
+        before = ref
+
+
+def _again(case: _Case) -> Iterator[str]:
+    if case.known.replay is None:
+        return
+    for each in case.rounds[case.known.replay_from - 1 :]:
+        if each.version and case.known.replay.payload(case.registry, each) != case.registry.payload(each.version.ref):
+            yield f"aggregating round {each.number} again does not give the bytes of {each.version.ref}"
+
+
+def _aliases(case: _Case) -> Iterator[str]:
+    for adapter in case.registry.adapters():
+        numbers = {each.number for each in case.registry.versions(adapter.name)}
+        for alias, number in adapter.aliases.items():
+            if number not in numbers:
+                yield f"{adapter.name}@{alias} points at {number}, which was never committed"
+
+
+def _quiet(case: _Case) -> Iterator[str]:
+    for path in filter(Path.exists, case.known.logs):
+        text = path.read_text(errors="replace")
+        for secret in case.known.secrets:
+            if secret in text:
+                yield f"{path.name} tells {secret!r}"
