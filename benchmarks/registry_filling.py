@@ -96,7 +96,7 @@ def fill(home: Path, versions: int, adapters: int = ADAPTERS, *, url: str | None
 
 
 def rows(home: Path, *, url: str | None = None) -> dict[str, list[list[str]]]:
-    """Return every row of every table, moments left out."""
+    """Return every row of every table but the audit log, which no search reads; moments left out."""
     engine = create_engine(url or f"sqlite:///{home / 'registry.db'}", read_only=True)
     with engine.connect() as connection:
         found = {
@@ -105,6 +105,7 @@ def rows(home: Path, *, url: str | None = None) -> dict[str, list[list[str]]]:
                 for row in connection.execute(sa.select(table)).mappings()
             )
             for table in t.metadata.sorted_tables
+            if table.name != "audit"
         }
     engine.dispose()
     return found

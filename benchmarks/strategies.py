@@ -221,7 +221,7 @@ def rates(path: Path) -> dict[str, float]:
 
 
 def report(out: Path) -> None:
-    """Print mean and range over seeds for each method and setting, and draw them."""
+    """Print mean and range over seeds for each method and setting, and draw them; the axis begins at 0.2."""
     import matplotlib as mpl  # noqa: PLC0415
 
     mpl.use("Agg")
@@ -246,13 +246,21 @@ def report(out: Path) -> None:
             f"{np.mean([run['aggregation_s'] for run in found]):.2f}",
         )
     Console(width=160).print(table)
-    settings = list(dict.fromkeys(key[:4] for key in sorted(groups, key=str)))
-    figure, axes = plt.subplots(1, len(settings), figsize=(4.2 * len(settings), 4.5), sharey=True, squeeze=False)
-    for axis, wanted in zip(axes[0], settings, strict=True):
+    settings = list(dict.fromkeys(key[:4] for key in sorted(groups, key=lambda key: (key[0], key[3], key[2]))))
+    rows = -(-len(settings) // 3)
+    figure, axes = plt.subplots(rows, 3, figsize=(14, 4.2 * rows), squeeze=False)
+    for axis in axes.flat[len(settings) :]:
+        axis.set_visible(False)
+    for axis, wanted in zip(axes.flat, settings, strict=False):
         methods = [name for name in METHODS if (*wanted, name) in groups]
-        means = [np.mean([run["accuracy"] for run in groups[(*wanted, name)]]) for name in methods]
-        axis.barh(methods, means)
-        axis.set(title="{} x {} steps, {}, {} ranks".format(*wanted), xlim=(0, 0.85), xlabel="test accuracy")
+        scores = [[run["accuracy"] for run in groups[(*wanted, name)]] for name in methods]
+        means = [float(np.mean(each)) for each in scores]
+        spread = [[mean - min(each) for mean, each in zip(means, scores, strict=True)],
+                  [max(each) - mean for mean, each in zip(means, scores, strict=True)]]  # fmt: skip
+        axis.barh(methods, means, xerr=spread, capsize=2)
+        axis.set(title="{} x {} steps, {}, {} ranks".format(*wanted), xlim=(0.2, 0.7), xlabel="test accuracy")
+        axis.invert_yaxis()
+        axis.tick_params(axis="y", labelsize=8)
     figure.tight_layout()
     figure.savefig(out.with_suffix(".png"), dpi=100)
 
