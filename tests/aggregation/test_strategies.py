@@ -148,7 +148,7 @@ def test_exactness_holds_for_any_ranks_and_scales(
     warm: bool,
 ) -> None:
     training = TrainingSettings(
-        alpha_per_rank=alpha, alpha=fixed, rslora=rslora, rank_pattern=tuple(sorted(pattern.items()))
+        alpha_per_rank=2.0 if fixed else alpha, alpha=fixed, rslora=rslora, rank_pattern=tuple(sorted(pattern.items()))
     )
     rule = rules(max_rank=24, training=training, seed=seed, warm_start=warm)
     ranks = ranks_of(name, ranks, rule)
