@@ -17,7 +17,7 @@ from pomona.storage.registry import open_registry
 
 PAYLOAD = save({"lora_A.layer": np.ones((2, 3), np.float32), "lora_B.layer": np.ones((4, 2), np.float32)})
 _ROWS = 10_000
-_MOMENTS = {"created_at", "opened_at", "closed_at", "started_at", "added_at", "moved_at"}
+_MOMENTS = {"created_at", "opened_at", "closed_at", "started_at", "finished_at", "added_at", "moved_at"}
 
 
 def base_sha256(name: str) -> str:
@@ -62,6 +62,8 @@ def fill_by_publishing(home: Path, versions: int, adapters: int, *, url: str | N
             version = registry.publish_round(new_version(item, run_id=item.run_id))
             for key, value in item.tags.items():
                 registry.set_tag(version.ref, key, value)
+        for item in contents(adapters, adapters):
+            registry.finish_run(item.run_id, "finished")
         for name, number in champions(versions, adapters).items():
             registry.set_alias(name, "champion", number)
 
@@ -144,10 +146,10 @@ def _run(item: Content) -> dict[str, Any]:
         "adapter_name": item.name,
         "settings": "{}",
         "base_sha256": base_sha256(_base(item)),
-        "state": "running",
+        "state": "finished",
         "reason": "",
         "started_at": BEGAN,
-        "finished_at": None,
+        "finished_at": BEGAN,
         "initial_metrics": {},
     }
 

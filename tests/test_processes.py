@@ -251,3 +251,28 @@ def test_termination_cleans_up_like_an_interrupt(number: signal.Signals) -> None
     with pytest.raises(KeyboardInterrupt):
         wait_to_be_told()
     assert signal.getsignal(number) is before
+
+
+INTERRUPTED_BY_ITS_OWN_FORK = """
+import os, signal, sys
+from pathlib import Path
+from pomona.processes import Supervisor, child_environment, terminated_like_interrupted
+
+os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), int(sys.argv[2])))
+with terminated_like_interrupted():
+    try:
+        with Supervisor(Path(sys.argv[1])) as supervisor:
+            supervisor.start("child", [sys.executable, "-c", sys.argv[3]], env=child_environment())
+            print("went on", flush=True)
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_in_the_middle_of_a_fork_is_not_lost(tmp_path: Path, number: signal.Signals) -> None:
+    """Python drops what is raised there: the demo went on as if nobody had pressed Ctrl-C."""
+    command = python(INTERRUPTED_BY_ITS_OWN_FORK, str(tmp_path), str(number.value), SLEEP)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=True)
+    assert done.stdout == "interrupted\n", done.stderr
+    assert "ignored" not in done.stderr

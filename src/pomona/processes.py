@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from pomona.errors import PortInUse, ProcessDied
 
 _PR_SET_PDEATHSIG = 1
 _STOP_GRACE_S = 6.0
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _LOG_TAIL_LINES = 12
 
 
@@ -122,20 +124,21 @@ class Supervisor:
             ProcessDied: The program does not exist or may not be run.
         """
         log = self.log_dir / f"{name}.log"
-        try:
-            with log.open("ab") as output:
-                process = subprocess.Popen(
-                    list(command),
-                    env=dict(env),
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                    preexec_fn=die_with_parent,  # noqa: PLW1509 - one prctl call, no locks
-                )
-        except OSError as error:
-            raise ProcessDied(f"cannot start {name} ({command[0]}): {error}") from error
-        self._children.append(_Child(name, process, log))
+        with _signals_held_back():
+            try:
+                with log.open("ab") as output:
+                    process = subprocess.Popen(
+                        list(command),
+                        env=dict(env),
+                        stdin=subprocess.DEVNULL,
+                        stdout=output,
+                        stderr=subprocess.STDOUT,
+                        start_new_session=True,
+                        preexec_fn=die_with_parent,  # noqa: PLW1509 - one prctl call, no locks
+                    )
+            except OSError as error:
+                raise ProcessDied(f"cannot start {name} ({command[0]}): {error}") from error
+            self._children.append(_Child(name, process, log))
         return process.pid
 
     def short_folder(self) -> Path:
@@ -214,6 +217,29 @@ def terminated_like_interrupted() -> Iterator[None]:
     finally:
         for kind, handler in zip(kinds, before, strict=True):
             signal.signal(kind, handler)
+
+
+@contextlib.contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Let signals that end a program wait until the block is left.
+
+    Python drops what a signal's handler raises while the hooks that follow a fork run, and an interrupt right after
+    the fork would leave a child that nobody knows of.
+    """
+    if threading.current_thread() is not threading.main_thread():  # handlers run in the main thread alone
+        yield
+        return
+    held: list[int] = []
+    before = {kind: handler for kind in _ENDING if (handler := signal.getsignal(kind)) is not None}
+    for kind in before:
+        signal.signal(kind, lambda number, _frame: held.append(number))
+    try:
+        yield
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+        for number in held:
+            signal.raise_signal(number)
 
 
 def _descendants(pids: Sequence[int]) -> list[psutil.Process]:

@@ -483,10 +483,9 @@ def test_momentum_carries_over_between_rounds(
 ) -> None:
     """From two runs alike but for the optimiser: the second version has the first change once more, by beta."""
     found = []
-    for number, kind in enumerate(("fedavg", "fedavgm")):
-        limits = {"server_optimizer": {"kind": kind, "momentum": 0.5}, "max_rank": 32}
+    for number, optimizer in enumerate(({"kind": "fedavg"}, {"kind": "fedavgm", "momentum": 0.5})):
         with open_registry(tmp_path / str(number)) as registry:
-            settings = make_settings(rounds=2, aggregation=limits)
+            settings = make_settings(rounds=2, aggregation={"server_optimizer": optimizer, "max_rank": 32})
             run_federation(InProcessGrid([Node(make_profile(0, count=2))]), settings, registry, run_id=RUN)
             found.append([weights_of(registry, f"toy/{version}").layers for version in (1, 2)])
     plain, carried = found
