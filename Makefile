@@ -15,6 +15,9 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # more arguments for the command behind a target, as in: make demo ARGS="--seed 1"
 ARGS ?=
 
+# tests of real processes stay on one worker, in a row: see tests/integration/conftest.py
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install demo test compose-test check format bench wordnet migration diagram clean
@@ -28,14 +31,14 @@ demo: $(STAMP) ## Run a coordinator and four clients over gRPC on this machine: 
 	@$(BIN)/pomona demo $(ARGS)
 
 test: $(STAMP) ## Run the tests
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 check: $(STAMP) ## Run what must be green before a commit: format, lint, types, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pyright
-	$(BIN)/python -m pytest -q
+	$(PYTEST) -q
 
 compose-test: ## Try docker-compose.yml for real (needs Docker; some minutes, 4 GB of images)
 	@python3 scripts/compose_test.py $(ARGS)

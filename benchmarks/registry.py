@@ -7,8 +7,9 @@ alone, and one of them also in the way that is left with MLflow: fetch all that 
 Both are filled thousands of rows at a time, and a check publishes a small registry through either API and refuses to go
 on unless all rows are the same (moments and the audit log aside). Everything timed goes through the public APIs,
 ``Registry`` and ``MlflowClient``, in processes that keep their connections; the two take turns, query by query and
-block by block, so that what else the machine does hits both. Every page of the first two rounds of every search is compared with a slow
-reading of the contents, and every page that both read with the other's. Nothing is reported when one differs.
+block by block, so that what else the machine does hits both. Every page of the first two rounds of every search is
+compared with a slow reading of the contents, and every page that both read with the other's. Nothing is reported when
+one differs.
 
 * ``search``: wall and CPU milliseconds a page of 100 versions, whole records;
 * ``publish``: ``open_round`` and ``publish_round`` with a new payload of 100 KiB and five metrics, against

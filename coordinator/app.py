@@ -15,11 +15,14 @@ def main(grid: Grid, context: Context) -> None:
     from pomona.coordinator.recovery import only_coordinator  # noqa: PLC0415
     from pomona.logs import bind, configure_logs  # noqa: PLC0415
     from pomona.settings import RunSettings  # noqa: PLC0415
-    from pomona.storage.registry import open_registry  # noqa: PLC0415
+    from pomona.storage.registry import RUN_PATIENCE_S, open_registry  # noqa: PLC0415
 
     configure_logs()
     settings = RunSettings.model_validate_json(str(context.run_config["settings"]))
     run_id = str(context.run_config["run-id"])
     bind(run_id=run_id)
-    with open_registry() as registry, only_coordinator(registry, run_id, wait_s=_OLD_COORDINATOR_S):
+    with (
+        open_registry(patience_s=RUN_PATIENCE_S) as registry,
+        only_coordinator(registry, run_id, wait_s=_OLD_COORDINATOR_S),
+    ):
         run_federation(grid, settings, registry, run_id=run_id)

@@ -4,7 +4,6 @@ import fcntl
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TextIO
 
 from pomona.aggregation.verify import Enrolment
 from pomona.errors import ConfigError, ProcessError
@@ -77,22 +76,28 @@ def only_coordinator(registry: Registry, run_id: str, *, wait_s: float = 0.0) ->
         wait_s: Wait so long for a coordinator whose server was killed, and which has not noticed yet.
 
     Raises:
-        ProcessError: Another process coordinates it.
+        ProcessError: Another process coordinates it, on this machine or on another one that has the same PostgreSQL.
     """
+    deadline = time.monotonic() + wait_s
+    while True:
+        with _try_here(registry, run_id) as here, registry.try_to_hold(run_id) as everywhere:
+            if here and everywhere:
+                yield
+                return
+        if time.monotonic() >= deadline:
+            raise ProcessError(f"run {run_id} is being coordinated by another process; follow that one")
+        time.sleep(_POLL_S)
+
+
+@contextmanager
+def _try_here(registry: Registry, run_id: str) -> Iterator[bool]:
+    """Lock a file beside the blobs, which holds among the processes of this machine."""
     folder = registry.blobs.root.parent / "runs"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"{run_id}.lock").open("a") as lock:
-        deadline = time.monotonic() + wait_s
-        while not _locked(lock):
-            if time.monotonic() >= deadline:
-                raise ProcessError(f"run {run_id} is being coordinated by another process; follow that one")
-            time.sleep(_POLL_S)
-        yield
-
-
-def _locked(lock: TextIO) -> bool:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True

@@ -4,6 +4,7 @@ SQLite runs with a write-ahead log and full synchronisation. A writing transacti
 start, because one that begins by reading can be refused later without waiting.
 """
 
+import hashlib
 import os
 import sqlite3
 from collections.abc import Iterator
@@ -14,13 +15,18 @@ import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.engine import make_url
 from sqlalchemy.engine.interfaces import DBAPIConnection
-from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from pomona.errors import ConfigError, RegistryUnavailable
 
 BUSY_TIMEOUT_S = 30.0
+
+# SQLSTATEs: a lost contest; and besides, what ends when the server has started, or has a connection to spare
+_CONTESTS = {"40001", "40P01"}
+_PASSING = {"53300", "55P03", "57P01", "57P02", "57P03", *_CONTESTS}
+_POSTGRESQL_LIMITS = {"connect_timeout": 10, "tcp_user_timeout": 30_000}  # s, ms; libpq itself waits for ever
 
 _WRITES = "pomona_writes"
 
@@ -72,8 +78,9 @@ def create_engine(url: str, *, read_only: bool) -> sa.Engine:
 
 def _create_postgresql(url: sa.URL, *, read_only: bool) -> sa.Engine:
     options = {"postgresql_readonly": True} if read_only else {}
+    limits = {name: value for name, value in _POSTGRESQL_LIMITS.items() if name not in url.query}
     try:
-        return sa.create_engine(url, pool_pre_ping=True, execution_options=options)
+        return sa.create_engine(url, pool_pre_ping=True, execution_options=options, connect_args=limits)
     except ImportError as error:
         raise RegistryUnavailable("PostgreSQL needs its driver: pip install 'pomona[postgres]'") from error
 
@@ -112,8 +119,52 @@ def database_errors(engine: sa.Engine) -> Iterator[None]:
         where = engine.url.render_as_string(hide_password=True)
         raise RegistryUnavailable(
             f"the registry database {where} cannot be used: {' '.join(str(cause).split())}; "
-            "check that it runs, that it is not locked, and that it may be written"
+            "check that it runs, that it is not locked, and that it may be written",
+            passing=_passes(error),
         ) from error
+
+
+def lost_contest(error: BaseException | None) -> bool:
+    """Return whether a transaction was undone for another's sake: it can be done again at once."""
+    return _sqlstate(error) in _CONTESTS
+
+
+def _passes(error: DBAPIError | PoolTimeout) -> bool:
+    if isinstance(error, PoolTimeout) or error.connection_invalidated:
+        return True
+    if isinstance(error.orig, sqlite3.Error):
+        return getattr(error.orig, "sqlite_errorcode", None) in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
+    state = _sqlstate(error)
+    unreached = state is None and isinstance(error, OperationalError)  # no server was there to give one
+    return unreached or state in _PASSING or (state or "").startswith("08")
+
+
+def _sqlstate(error: BaseException | None) -> str | None:
+    return getattr(getattr(error, "orig", None), "sqlstate", None)
+
+
+@contextmanager
+def session_lock(engine: sa.Engine, name: str) -> Iterator[bool]:
+    """Take one of PostgreSQL's advisory locks for as long as the block lasts, without waiting; tell whether we got it.
+
+    It belongs to one connection, and is free again when that breaks. On SQLite there is none, and everybody gets it.
+
+    Raises:
+        RegistryUnavailable: The database cannot be reached.
+    """
+    if engine.dialect.name != "postgresql":
+        yield True
+        return
+    number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], signed=True)
+    with database_errors(engine):
+        connection = engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+    try:
+        with database_errors(engine):
+            taken = connection.scalar(sa.select(sa.func.pg_try_advisory_lock(number)))
+        yield bool(taken)
+    finally:
+        connection.invalidate()  # a closed session has no locks; a pooled one would
+        connection.close()
 
 
 def keep_log(engine: sa.Engine) -> None:

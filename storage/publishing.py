@@ -45,6 +45,16 @@ def publish_round(connection: sa.Connection, new: NewVersion, sha256: str) -> Ve
     return versions.load(connection, t.version.c.id == version_id)[0]
 
 
+def published(connection: sa.Connection, new: NewVersion | NewImport, sha256: str) -> Version | None:
+    """Return the version that was published of this by a transaction nobody heard of, if there is one."""
+    made = t.version.c.adapter_name == new.adapter, t.version.c.blob_sha256 == sha256
+    if isinstance(new, NewVersion):
+        of_round = t.version.c.run_id == new.run_id, t.version.c.round == new.round_number
+        return next(iter(versions.load(connection, *made, *of_round)), None)
+    newest = sa.select(sa.func.max(t.version.c.version)).filter_by(adapter_name=new.adapter).scalar_subquery()
+    return next(iter(versions.load(connection, *made, t.version.c.version == newest)), None)
+
+
 def publish_import(connection: sa.Connection, new: NewImport, sha256: str) -> Version:
     """Publish an adapter that no run made as the next version of its name; it has no parents.
 

@@ -6,6 +6,7 @@ Bytes are on disk before a row names them, and a row is committed before anybody
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
@@ -13,9 +14,8 @@ from typing import Self, TypeVar
 import sqlalchemy as sa
 from platformdirs import user_data_path
 from pydantic import TypeAdapter, ValidationError
-from sqlalchemy.exc import IntegrityError
 
-from pomona.errors import BlobWriteError, ConfigError, RegistryError, RegistryUnavailable, VersionConflict
+from pomona.errors import BlobWriteError, ConfigError, RegistryError, RegistryUnavailable
 from pomona.failpoints import reach
 from pomona.settings import AdapterName
 from pomona.storage import (
@@ -34,7 +34,7 @@ from pomona.storage import tables as t
 from pomona.storage.audit import AuditRecord
 from pomona.storage.blobs import BlobStore
 from pomona.storage.consistency import Finding
-from pomona.storage.engine import copy_database, create_engine, reading, sqlite_url, writing
+from pomona.storage.engine import copy_database, create_engine, reading, session_lock, sqlite_url, writing
 from pomona.storage.records import (
     AdapterSummary,
     AliasMove,
@@ -52,12 +52,18 @@ from pomona.storage.records import (
     Version,
 )
 from pomona.storage.references import Reference
+from pomona.storage.retrying import RUN_PATIENCE_S, until_done
 from pomona.storage.statistics import Statistics, statistics
 
-_ATTEMPTS = 20
+__all__ = ["RUN_PATIENCE_S", "Registry", "default_home", "open_registry"]
+
 _ADAPTER_NAME = TypeAdapter(AdapterName)
 
 Result = TypeVar("Result")
+
+
+def _none(_connection: sa.Connection) -> None:
+    return None
 
 
 def default_home() -> Path:
@@ -66,13 +72,17 @@ def default_home() -> Path:
     return Path(home) if home else user_data_path("pomona")
 
 
-def open_registry(home: Path | None = None, *, url: str | None = None, read_only: bool = False) -> "Registry":
+def open_registry(
+    home: Path | None = None, *, url: str | None = None, read_only: bool = False, patience_s: float = 0.0
+) -> "Registry":
     """Open a registry, create it where there is none, and migrate it where it is older.
 
     Args:
         home: Folder of ``registry.db`` and ``blobs``; by default :func:`default_home`.
         url: Database to use instead of ``registry.db``; by default ``POMONA_REGISTRY_URL``.
         read_only: Create, migrate and write nothing.
+        patience_s: How long the database may be away, once it is open, before a method raises; what it does meanwhile
+            it does once.
 
     Raises:
         RegistryUnavailable: The database or the folder cannot be used.
@@ -91,7 +101,7 @@ def open_registry(home: Path | None = None, *, url: str | None = None, read_only
     blobs = BlobStore(home / "blobs", read_only=read_only)
     if not read_only:
         blobs.remove_leftovers()
-    return Registry(engine, blobs)
+    return Registry(engine, blobs, patience_s=patience_s)
 
 
 class Registry:
@@ -103,8 +113,9 @@ class Registry:
         blobs: The bytes.
     """
 
-    def __init__(self, engine: sa.Engine, blobs: BlobStore) -> None:
+    def __init__(self, engine: sa.Engine, blobs: BlobStore, *, patience_s: float = 0.0) -> None:
         self._engine = engine
+        self._patience_s = patience_s
         self.blobs = blobs
 
     def __enter__(self) -> Self:
@@ -189,7 +200,10 @@ class Registry:
 
     def fail_round(self, run_id: str, number: int, reason: str) -> Round:
         """Close an open round without a version."""
-        return self._write(lambda c: rounds.fail_round(c, run_id, number, reason))
+        return self._write(
+            lambda c: rounds.fail_round(c, run_id, number, reason),
+            done=lambda c: next((each for each in rounds.rounds(c, run_id, number) if each.state == "failed"), None),
+        )
 
     def record_submission(self, new: NewSubmission) -> Submission:
         """Record a client's answer; when this returns, it is on disk.
@@ -216,8 +230,7 @@ class Registry:
             RegistryUnavailable: The database cannot be used; none was recorded.
         """
         hashes = [hashlib.sha256(each.payload).hexdigest() for each in new]
-        with reading(self._engine) as connection:
-            known = [rounds.receipt(connection, *pair) for pair in zip(new, hashes, strict=True)]
+        known = self._read(lambda c: [rounds.receipt(c, *pair) for pair in zip(new, hashes, strict=True)])
         stored: list[Submission | RegistryError | None] = []
         stored += [each or self._keep(one) for each, one in zip(known, new, strict=True)]
         missing = [place for place, each in enumerate(stored) if each is None]
@@ -239,7 +252,10 @@ class Registry:
         """
         sha256 = self.blobs.put(new.payload)
         reach("version-blob-written")
-        return self._write(lambda c: publishing.publish_round(c, new, sha256))
+        return self._write(
+            lambda c: publishing.publish_round(c, new, sha256),
+            done=lambda c: publishing.published(c, new, sha256),
+        )
 
     def publish_import(self, new: NewImport) -> Version:
         """Publish an adapter that no run made, with its base model; when this returns, it is on disk.
@@ -251,7 +267,10 @@ class Registry:
         """
         _check_name(new.adapter)
         sha256 = self.blobs.put(new.payload)
-        return self._write(lambda c: publishing.publish_import(c, new, sha256))
+        return self._write(
+            lambda c: publishing.publish_import(c, new, sha256),
+            done=lambda c: publishing.published(c, new, sha256),
+        )
 
     def run(self, run_id: str) -> Run:
         """Return one run; AdapterNotFound if there is none."""
@@ -377,6 +396,13 @@ class Registry:
         """Return what the database holds that contradicts itself or points at nothing."""
         return self._read(consistency.contradictions)
 
+    def try_to_hold(self, run_id: str) -> AbstractContextManager[bool]:
+        """Take the lock of a run on PostgreSQL, which machines may share, and tell whether that worked.
+
+        On SQLite there is none, and everybody gets it: all who share the database share a folder, and can lock files.
+        """
+        return session_lock(self._engine, f"run {run_id}")
+
     def copy_database(self, target: Path) -> None:
         """Copy the database of a registry on SQLite, as it is at one moment, to a new file.
 
@@ -398,20 +424,29 @@ class Registry:
         return None
 
     def _read(self, work: Callable[[sa.Connection], Result]) -> Result:
-        with reading(self._engine) as connection:
-            return work(connection)
+        def attempt(_unsure: bool) -> Result:
+            with reading(self._engine) as connection:
+                return work(connection)
 
-    def _write(self, work: Callable[[sa.Connection], Result]) -> Result:
-        """Run ``work`` in a transaction, again when another writer took its place first."""
-        for attempt in range(_ATTEMPTS):
-            try:
-                with writing(self._engine) as connection:
-                    audit.wait_for_turn(connection)
-                    return work(connection)
-            except IntegrityError as error:
-                if attempt == _ATTEMPTS - 1:
-                    raise VersionConflict(f"another writer was first, {_ATTEMPTS} times: {error.orig}") from error
-        raise AssertionError
+        return until_done(attempt, patience_s=self._patience_s)
+
+    def _write(
+        self, work: Callable[[sa.Connection], Result], *, done: Callable[[sa.Connection], Result | None] = _none
+    ) -> Result:
+        """Run ``work`` in a transaction, again where it came to nothing.
+
+        Args:
+            work: What to do; done twice, it must do nothing more, or be told by ``done``.
+            done: Returns the result of ``work`` where it was committed before, although nobody was told.
+        """
+
+        def attempt(unsure: bool) -> Result:
+            with writing(self._engine) as connection:
+                audit.wait_for_turn(connection)
+                before = done(connection) if unsure else None
+                return work(connection) if before is None else before
+
+        return until_done(attempt, patience_s=self._patience_s)
 
 
 def _check_name(adapter: str) -> None:

@@ -91,9 +91,17 @@ class BlobCorrupt(RegistryError):
 
 
 class RegistryUnavailable(RegistryError):
-    """The database cannot be reached, read or written."""
+    """The database cannot be reached, read or written.
+
+    Attributes:
+        passing: It may work again by itself: the server restarts, a connection broke, somebody holds a lock.
+    """
 
     exit_code = 16
+
+    def __init__(self, message: str, *, passing: bool = False) -> None:
+        super().__init__(message)
+        self.passing = passing
 
 
 class RegistryDamaged(RegistryError):

@@ -1,6 +1,7 @@
 """What goes wrong around a coordinator: late clients, a clock that jumps, a second coordinator, a crash when frozen."""
 
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from tests.coordinator.lives import Lives
 from tests.coordinator.run_until_killed import LOG, RUN
 from tests.coordinator.test_resume import settings_of
 from tests.invariants import Outside, Replay, broken_promises
+from tests.postgresql import own_server
 
 from pomona.client.trainer import Profile
 from pomona.coordinator import federation, replies
@@ -172,3 +174,30 @@ def test_a_second_coordinator_of_a_run_is_refused_and_changes_nothing(
             assert "coordinated by another process" in (tmp_path / LOG).read_text()
             assert (registry.run(RUN), registry.rounds(RUN), registry.submissions(RUN)) == before
         assert lives.live(tmp_path, settings).code == 0, "the lock of one that was killed is free"
+
+
+def test_a_database_that_restarts_in_mid_round_changes_nothing(
+    settings: RunSettings, make_profile: MakeProfile, tmp_path: Path
+) -> None:
+    """The versions are those of a quiet run."""
+    patient = settings.model_copy(update={"cohort": settings.cohort.model_copy(update={"round_deadline_s": 60.0})})
+    payloads = []
+    with own_server() as server:
+
+        def stop_for_a_while(request: str, answer: Answer) -> Reply:
+            if json.loads(request)["round_number"] == 2:
+                server.stop()
+                threading.Timer(1.0, server.start).start()
+            return answer
+
+        quiet, disturbed = f"sqlite:///{tmp_path / 'quiet.db'}", server.url
+        for number, (url, trains) in enumerate(
+            [(quiet, lambda _request, answer: answer), (disturbed, stop_for_a_while)]
+        ):
+            with open_registry(tmp_path / str(number), url=url, patience_s=60.0) as registry:
+                nodes = [Node(make_profile(0, count=2)), Node(make_profile(1, count=2), trains=trains)]
+                versions = run_federation(InProcessGrid(nodes), patient, registry, run_id=RUN)
+                payloads.append([registry.payload(version.ref) for version in versions])
+                assert not broken_promises(registry, RUN, Outside(replay=Replay(patient)))
+    assert len(payloads[0]) == 2
+    assert payloads[0] == payloads[1]

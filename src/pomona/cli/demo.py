@@ -19,10 +19,10 @@ def demo(
         from pomona.cli.progress import run_view  # noqa: PLC0415
         from pomona.coordinator.demo import run_demo  # noqa: PLC0415
         from pomona.processes import terminated_like_interrupted  # noqa: PLC0415
-        from pomona.storage.registry import default_home, open_registry  # noqa: PLC0415
+        from pomona.storage.registry import RUN_PATIENCE_S, default_home, open_registry  # noqa: PLC0415
 
         folder = home or default_home()
-        with terminated_like_interrupted(), open_registry(folder) as registry:
+        with terminated_like_interrupted(), open_registry(folder, patience_s=RUN_PATIENCE_S) as registry:
             with run_view(registry, as_json=as_json) as view:
                 result = run_demo(registry, folder, show=view.show, say=view.say, seed=seed)
             if as_json:

@@ -30,12 +30,12 @@ def run(
         from pomona.coordinator.summary import summarise  # noqa: PLC0415
         from pomona.processes import terminated_like_interrupted  # noqa: PLC0415
         from pomona.run_file import load_settings  # noqa: PLC0415
-        from pomona.storage.registry import default_home, open_registry  # noqa: PLC0415
+        from pomona.storage.registry import RUN_PATIENCE_S, default_home, open_registry  # noqa: PLC0415
 
         settings = load_settings(file) if file else None
         folder = home or default_home()
         server = find_server(folder / "server")
-        with terminated_like_interrupted(), open_registry(folder) as registry:
+        with terminated_like_interrupted(), open_registry(folder, patience_s=RUN_PATIENCE_S) as registry:
             cut_off = resumable_run(registry, resume) if resume else None
             with run_view(registry, as_json=as_json) as view:
                 if settings:

@@ -22,11 +22,11 @@ def simulate(
         from pomona.coordinator.summary import summarise  # noqa: PLC0415
         from pomona.processes import terminated_like_interrupted  # noqa: PLC0415
         from pomona.run_file import load_settings  # noqa: PLC0415
-        from pomona.storage.registry import default_home, open_registry  # noqa: PLC0415
+        from pomona.storage.registry import RUN_PATIENCE_S, default_home, open_registry  # noqa: PLC0415
 
         settings = load_settings(file)
         folder = home or default_home()
-        with terminated_like_interrupted(), open_registry(folder) as registry:
+        with terminated_like_interrupted(), open_registry(folder, patience_s=RUN_PATIENCE_S) as registry:
             with run_view(registry, as_json=as_json) as view:
                 done = simulate_run(registry, settings, clients=clients, show=view.show)
             result = summarise(registry, done)
