@@ -85,7 +85,7 @@ def test_a_run_ends_with_an_error_when_all_clients_die(
 def test_a_killed_server_goes_on_where_it_was(
     terminal: Terminal, tmp_path: Path, tiny_bert: Path, toy_data: Path
 ) -> None:
-    home, rounds = tmp_path / "home", 8
+    home, rounds = tmp_path / "home", 5
     server, address = _serve(terminal, home)
     clients = [
         _join(terminal, address, f"site-{i}", write_rows(tmp_path / f"{i}.csv", toy_data, part=i, of=2), tiny_bert)
@@ -99,7 +99,7 @@ def test_a_killed_server_goes_on_where_it_was(
     )
     run_file.write_text(run_file.read_text().replace("rounds = 2", f"rounds = {rounds}"))
     run = terminal.start("run", "run", str(run_file), "--home", str(home), "--json")
-    terminal.wait_for_text("site-0", "round 3", timeout_s=180)
+    terminal.wait_for_text("site-0", "round 2", timeout_s=180)
     stop(server, kind=signal.SIGKILL)
     assert run.wait(timeout=60) == 23, terminal.output("run").read_text()
 

@@ -1,4 +1,4 @@
-"""Hundreds of simulated clients on Flower's simulation runtime, and that nothing of it is left."""
+"""A hundred simulated clients on Flower's simulation runtime, and that nothing of it is left."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from tests.integration.conftest import Terminal, last_json, write_run_file
 
 pytestmark = pytest.mark.timeout(600)
 
-CLIENTS = 200
+CLIENTS = 100
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def many_rows(tmp_path: Path, toy_data: Path) -> Path:
     return path
 
 
-def test_two_hundred_clients(terminal: Terminal, tmp_path: Path, tiny_bert: Path, many_rows: Path) -> None:
+def test_a_hundred_clients(terminal: Terminal, tmp_path: Path, tiny_bert: Path, many_rows: Path) -> None:
     lines = ["[simulation]\nranks = [2, 4, 8]", "[aggregation]\nmax_rank = 16"]
     run_file = write_run_file(tmp_path / "run.toml", model=tiny_bert, data=many_rows, lines=lines)
     home = tmp_path / "home"
