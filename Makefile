@@ -15,8 +15,8 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # more arguments for the command behind a target, as in: make demo ARGS="--seed 1"
 ARGS ?=
 
-# tests of real processes stay on one worker, in a row: see tests/integration/conftest.py
-PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup
+# tests of real processes stay on one worker, in a row: see tests/conftest.py
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadscope
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -21,7 +21,7 @@ from pomona.aggregation.robust import (
     trimmed_mean,
     trusted,
 )
-from pomona.settings import DefenceSettings
+from pomona.aggregation_settings import DefenceSettings
 
 
 def change(trained: AdapterWeights, *, start: Mapping[str, LoraFactors], heads: Mapping[str, Tensor]) -> AdapterWeights:

@@ -23,7 +23,7 @@ from torch import Tensor
 from pomona.adapters import AdapterWeights, LoraFactors
 from pomona.aggregation.flora import aggregate_layers
 from pomona.aggregation.verify import update_norm
-from pomona.settings import ServerOptimizerSettings
+from pomona.aggregation_settings import ServerOptimizerSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -35,9 +35,9 @@ from pomona.aggregation.flora import aggregate_layers, stack
 from pomona.aggregation.geometry import add_head_changes, gram_matrix
 from pomona.aggregation.robust import Defended, fltrust
 from pomona.aggregation.verify import update_norm
+from pomona.aggregation_settings import DefenceSettings
 from pomona.batches import Encoded
 from pomona.datasets import load_dataset
-from pomona.settings import DefenceSettings
 
 RESULTS = Path(__file__).parent / "results"
 DEFENCES = ("none", "norm-bounding", "multi-krum", "trimmed-mean", "geometric-median", "fltrust")

@@ -37,10 +37,10 @@ from pomona.aggregation.strategies.contract import Assignment, Contribution, Rul
 from pomona.aggregation.strategies.hetlora import pruned
 from pomona.aggregation.strategies.start import starting_factors
 from pomona.aggregation.weights import example_weights
+from pomona.aggregation_settings import SelfPruningSettings
 from pomona.client.train import train_locally
 from pomona.partition import partition_dirichlet, partition_iid
 from pomona.seeds import seed_of
-from pomona.settings import SelfPruningSettings
 from pomona.strategies import EQUAL_RANK
 from pomona.wire import encode_weights
 

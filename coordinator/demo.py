@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from pomona.aggregation_settings import AggregationSettings
 from pomona.base_model import find_base_model
 from pomona.client.join import JoinSettings, start_supernode, start_trainers
 from pomona.coordinator.beginning import begin_run, load_held_out
@@ -20,7 +21,7 @@ from pomona.datasets import load_dataset, write_jsonl
 from pomona.errors import ExportMismatch
 from pomona.partition import partition
 from pomona.processes import Supervisor, child_environment, free_ports
-from pomona.settings import AggregationSettings, CohortSettings, DataSettings, RunSettings, TrainingSettings
+from pomona.settings import CohortSettings, DataSettings, RunSettings, TrainingSettings
 from pomona.storage.export import export_peft
 from pomona.storage.records import Run
 from pomona.storage.registry import Registry

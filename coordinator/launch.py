@@ -157,10 +157,12 @@ def _start_and_follow(
             flower_run = submit(server, settings, run_id=run_id, folder=folder)
             alive = watch_flower(server, flower_run, folder=folder)
             return follow(registry, run_id, alive=alive, show=show)
-    except BaseException:
+    except BaseException as error:
         if flower_run is not None:
             with contextlib.suppress(PomonaError):
                 stop(server, flower_run, folder=folder)
+        if isinstance(error, KeyboardInterrupt):
+            error.args = (f"run {run_id} was stopped; go on with it by: pomona run --resume {run_id}",)
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)

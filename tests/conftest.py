@@ -31,6 +31,18 @@ ROWS_PER_CLASS = {"train": 24, "validation": 12}
 MakeProfile = Callable[..., "Profile"]
 
 
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Give each worker whole files, and all tests of real processes, which take longest, to the first one."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    config.option.loadscopereorder = False
+    scheduler = LoadScopeScheduling(config, log)
+    scheduler._split_scope = lambda nodeid: (
+        "processes" if nodeid.startswith("tests/integration/") else nodeid.split("::", 1)[0]
+    )
+    return scheduler
+
+
 def _words() -> list[str]:
     return [*SPECIALS, *FILLERS, *(word for words in KEYWORDS.values() for word in words)]
 

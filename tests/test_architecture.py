@@ -29,7 +29,10 @@ def _rule(rooms: str, never: str, only: str | None = None) -> Rule:
     return Rule(frozenset(rooms.split()), frozenset(never.split()), None if only is None else frozenset(only.split()))
 
 
-RECORDS = {"adapters", "errors", "settings", "manifest", "protocol", "payload", "ranks", "seeds", "strategies"}
+RECORDS = {
+    "adapters", "aggregation_settings", "errors", "settings", "manifest", "protocol", "payload", "ranks", "seeds",
+    "strategies",
+}  # fmt: skip
 ROOMS = {
     "aggregation": _rule("records spine kernels", "flwr sqlalchemy ray peft opacus"),
     "client": _rule("records spine kernels", "sqlalchemy alembic ray"),

@@ -7,14 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from pomona.aggregation_settings import AggregationSettings, SelfPruningSettings
 from pomona.errors import ConfigError
 from pomona.run_file import load_settings, parse_settings
-from pomona.settings import (
-    AggregationSettings,
-    RunSettings,
-    SelfPruningSettings,
-    TrainingSettings,
-)
+from pomona.settings import RunSettings, TrainingSettings
 from pomona.strategies import BY_NAME as FACTS
 from pomona.strategies import EQUAL_RANK
 

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from pomona.adapters import LoraFactors
 from pomona.aggregation.flora import aggregate_layers
+from pomona.aggregation_settings import SelfPruningSettings
 from pomona.protocol import Initial, Trains
-from pomona.settings import SelfPruningSettings, TrainingSettings
+from pomona.settings import TrainingSettings
 
 Layers = Mapping[str, LoraFactors]
 

@@ -11,7 +11,8 @@ from pomona.adapters import LoraFactors
 from pomona.aggregation.strategies import hetlora
 from pomona.aggregation.strategies.contract import Rules
 from pomona.aggregation.strategies.hetlora import kept_rank, pruned, tail_norm
-from pomona.settings import SelfPruningSettings, TrainingSettings
+from pomona.aggregation_settings import SelfPruningSettings
+from pomona.settings import TrainingSettings
 
 SHAPES = {"query": (6, 5), "dense": (7, 6)}
 HALVED = TrainingSettings(rank_pattern=(("query", 0.5),))

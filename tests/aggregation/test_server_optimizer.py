@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from pomona.adapters import AdapterWeights, LoraFactors
 from pomona.aggregation.flora import aggregate_layers
 from pomona.aggregation.server_optimizer import OptimizerState, server_step
-from pomona.settings import ServerOptimizerSettings
+from pomona.aggregation_settings import ServerOptimizerSettings
 
 OUT, IN, WHOLE = 10, 8, 8  # WHOLE: a bound that truncates nothing
 

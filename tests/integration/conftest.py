@@ -22,10 +22,7 @@ _HERE = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give all tests of real processes to one worker, in a row, and let it begin with them: they take longest."""
-    ours = [item for item in items if _HERE in item.path.parents]
-    for item in ours:
-        item.add_marker(pytest.mark.xdist_group("processes"))
+    """Begin with the tests of real processes: they take longest."""
     items.sort(key=lambda item: _HERE not in item.path.parents)
 
 

@@ -35,6 +35,7 @@ def test_an_interrupted_demo_leaves_no_process(terminal: Terminal, tmp_path: Pat
     wait_until(lambda: len(terminal.processes()) >= 10, what="all processes of the demo", timeout_s=60)
     process.send_signal(kind)
     assert process.wait(timeout=30) == 130
+    assert "interrupted" in terminal.output("demo.err").read_text()
     terminal.expect_no_process()
 
 

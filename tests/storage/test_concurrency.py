@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy import event
 from tests.storage.conftest import BASE, new_version
 
 from pomona.errors import AdapterNotFound, BlobWriteError, VersionConflict
@@ -224,9 +225,9 @@ def test_a_group_is_on_disk_before_anybody_is_told(registry: Registry) -> None:
     def watch(_connection: sa.Connection) -> None:
         seen.append(rows(registry, t.submission))
 
-    sa.event.listen(registry._engine, "commit", watch)
+    event.listen(registry._engine, "commit", watch)
     registry.record_submissions([_update(f"client-{i}") for i in range(20)])
-    sa.event.remove(registry._engine, "commit", watch)
+    event.remove(registry._engine, "commit", watch)
     assert max(seen) == 0
     assert rows(registry, t.submission) == 20
 

@@ -264,7 +264,7 @@ def test_modules_that_are_no_head_are_refused(tmp_path: Path, base: Path) -> Non
 
 def test_another_base_model_is_refused(tmp_path: Path) -> None:
     trained(tmp_path / "adapter")
-    other = BertForSequenceClassification(BertConfig(**SHAPE | {"hidden_size": 8})).bert
+    other = BertForSequenceClassification(BertConfig(**{**SHAPE, "hidden_size": 8})).bert
     other.save_pretrained(str(tmp_path / "other"))
     with pytest.raises(BaseModelError, match=r"--base"):
         read_peft_folder(tmp_path / "adapter", tmp_path / "other")

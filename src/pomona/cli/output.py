@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import signal
 import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -74,9 +75,12 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, tit
     console().print(table(columns, rows, title=title))
 
 
+INTERRUPTED = 128 + signal.SIGINT
+
+
 @contextmanager
 def exit_on_error(*, as_json: bool = False) -> Iterator[None]:
-    """Turn an error of this project into one line on stderr, its notes, and its exit code; let bugs through.
+    """Turn an error of this project, or an interrupt, into one line on stderr and its exit code; let bugs through.
 
     Args:
         as_json: Print the error as a JSON document on stdout too.
@@ -94,6 +98,9 @@ def exit_on_error(*, as_json: bool = False) -> Iterator[None]:
             shown = "\n".join(f"  {_printable(line)}" for line in note.split("\n"))
             console(stderr=True).print(Text(shown), soft_wrap=True)
         raise SystemExit(error.exit_code) from error
+    except KeyboardInterrupt as interrupt:
+        typer.echo(f"interrupted{f': {interrupt}' if str(interrupt) else ''}", err=True)
+        raise SystemExit(INTERRUPTED) from interrupt
 
 
 def error_facts(error: PomonaError) -> dict[str, object]:

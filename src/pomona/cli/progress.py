@@ -30,6 +30,9 @@ class RunView:
         if self._live is not None:
             self._live.update(_picture(run, rounds, self._registry.clients(run.id)), refresh=True)
             return
+        if not rounds and (0, "") not in self._announced:
+            self._announced.add((0, ""))
+            self._screen.print(f"run {run.id} of {run.adapter}: waiting for clients", soft_wrap=True, markup=False)
         for each in rounds:
             if (key := (each.number, each.state)) not in self._announced:
                 self._announced.add(key)
