@@ -1,12 +1,13 @@
 """How a run begins: its data and base model are checked and it gets a row in the registry. Imports no torch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from pomona import __version__
 from pomona.base_model import base_model_sha256, check_base_model, find_base_model, is_packaged, public_name
-from pomona.datasets import Dataset, class_names, load_dataset
+from pomona.datasets import Dataset, check_labels, class_names, load_dataset
 from pomona.protocol import Invitation
 from pomona.settings import RunSettings
 from pomona.storage.registry import Registry
@@ -38,18 +39,32 @@ def load_held_out(settings: RunSettings) -> HeldOut:
     return HeldOut(held_out, labels if task == "classification" else ())
 
 
+def load_trusted(settings: RunSettings, labels: Sequence[str]) -> Dataset:
+    """Load the coordinator's own clean examples.
+
+    Raises:
+        DataError: They are missing, malformed, or have a label that the run does not know.
+    """
+    dataset = load_dataset(settings.defence.trusted_data, split=None, task=settings.task)
+    if settings.task == "classification":
+        check_labels(dataset, labels)
+    return dataset
+
+
 def begin_run(registry: Registry, settings: RunSettings, *, run_id: str) -> Invitation:
     """Record a run in the registry and return what its clients are told.
 
     Raises:
         BaseModelError: The base model is not here, or is not the one that the settings name.
-        DataError: The held-out data cannot be used.
+        DataError: The held-out data, or those that a defence trusts, cannot be used.
     """
     path = find_base_model(settings.model.base)
     if settings.model.sha256:
         check_base_model(path, expected_sha256=settings.model.sha256)
     sha256 = base_model_sha256(path)
     held_out = load_held_out(settings)
+    if settings.defence.trusted_data:
+        load_trusted(settings, held_out.labels)
     registry.add_base_model(sha256, public_name(settings.model.base), settings.model.base)
     registry.start_run(
         run_id=run_id, adapter=settings.name, base_sha256=sha256, settings_json=settings.model_dump_json()

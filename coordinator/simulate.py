@@ -22,7 +22,7 @@ from pomona.coordinator.beginning import begin_run
 from pomona.coordinator.federation import run_federation
 from pomona.coordinator.launch import failure, new_run_id, recorded
 from pomona.datasets import Dataset, load_dataset
-from pomona.errors import ConfigError, PomonaError
+from pomona.errors import ConfigError, PomonaError, RunFailed
 from pomona.messages import pack, unpack
 from pomona.partition import partition
 from pomona.processes import child_environment
@@ -153,21 +153,31 @@ def _simulate(registry: Registry, settings: RunSettings, *, clients: int, run_id
 
     os.environ.update(child_environment())
     for name in ("flwr", "ray"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # what ends the simulation is told by its error
     simulation = settings.simulation
     resources: Mapping[str, float] = {
         "num_cpus": simulation.cpus_per_client,
         "num_gpus": simulation.gpus_per_client,
     }
-    run_simulation(
-        server_app=server,
-        client_app=build_client_app(settings.model_dump_json()),
-        num_supernodes=clients,
-        backend_config={
-            "client_resources": dict(resources),
-            "init_args": {"include_dashboard": False, "logging_level": logging.ERROR, "log_to_driver": False},
-        },
-    )
+    try:
+        run_simulation(
+            server_app=server,
+            client_app=build_client_app(settings.model_dump_json()),
+            num_supernodes=clients,
+            backend_config={
+                "client_resources": dict(resources),
+                "init_args": {"include_dashboard": False, "logging_level": logging.ERROR, "log_to_driver": False},
+            },
+        )
+    except RuntimeError as error:
+        raise RunFailed(f"the simulation ended early: {_first(error)}") from error
+
+
+def _first(error: BaseException) -> str:
+    """Return the error that led to another, on one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
 
 
 def _watch(registry: Registry, run_id: str, show: Callable[[Run], None], ended: threading.Event) -> None:

@@ -6,8 +6,8 @@ from pomona.adapters import AdapterWeights
 from pomona.aggregation.defence import change
 from pomona.aggregation.verify import update_norm
 from pomona.client.train import train_locally
+from pomona.coordinator.beginning import load_trusted
 from pomona.coordinator.method import Work
-from pomona.datasets import check_labels, load_dataset
 from pomona.errors import ConfigError
 from pomona.lora_model import AdaptedModel
 from pomona.protocol import Invitation
@@ -23,9 +23,7 @@ class TrustedTrainer:
     """
 
     def __init__(self, settings: RunSettings, invitation: Invitation, model: AdaptedModel) -> None:
-        dataset = load_dataset(settings.defence.trusted_data, split=None, task=settings.task)
-        if settings.task == "classification":
-            check_labels(dataset, invitation.labels)
+        dataset = load_trusted(settings, invitation.labels)
         self._settings, self._model = settings, model
         self._data = model.encode(dataset.texts, dataset.labels, max_length=settings.model.max_length)
 

@@ -100,6 +100,25 @@ WRONG: dict[str, tuple[str, tuple[str, ...]]] = {
     "no name": ("rounds = 3", ("name: Field required",)),
     "unknown key": ('name = "a"\nround = 3', ("round: unknown; did you mean 'rounds'?",)),
     "unknown section": ('name = "a"\n[trainning]\nbatch_size = 3', ("trainning: unknown; did you mean 'training'?",)),
+    "a truth for a number": ('name = "a"\n[aggregation]\nmax_rank = true', ("max_rank", "valid integer, got True")),
+    "digits in quotes": ('name = "a"\n[aggregation]\nmax_rank = "16"', ("max_rank", "valid integer, got '16'")),
+    "text for a truth": ('name = "a"\n[aggregation]\nwarm_start = "yes"', ("warm_start", "valid boolean, got 'yes'")),
+    "a rank of its own in the run file": (
+        'name = "a"\n[aggregation]\nrank = "auto"',
+        ("aggregation.rank: expected a whole number", "pomona join --rank auto"),
+    ),
+    "a schedule that ends after the run": (
+        'name = "a"\nrounds = 2\n[aggregation]\nrank_schedule = [[1, 4], [3, 8]]',
+        ("round 3 of a run of 2 rounds", "raise rounds"),
+    ),
+    "a schedule above the largest rank": (
+        'name = "a"\n[aggregation]\nmax_rank = 16\nrank_schedule = [[1, 32]]',
+        ("rank_schedule has rank 32, above aggregation.max_rank=16",),
+    ),
+    "trusted data that score, by another path": (
+        'name = "a"\n[data]\nsource = "x.csv"\n[defence]\nkind = "fltrust"\ntrusted_data = "./x.csv"',
+        ("defence.trusted_data should be other data",),
+    ),
     "unknown key in a section": (
         'name = "a"\n[training]\nlr = 3',
         ("training.lr: unknown; known are local_epochs, max_steps",),

@@ -122,6 +122,11 @@ class AggregationSettings(Section):
         rounds = [number for number, _ in self.rank_schedule]
         if rounds != sorted(set(rounds)):
             raise ValueError(f"the rounds of aggregation.rank_schedule should ascend, got {rounds}")
+        if (most := max((rank for _, rank in self.rank_schedule), default=0)) > self.max_rank:
+            raise ValueError(
+                f"aggregation.rank_schedule has rank {most}, above aggregation.max_rank={self.max_rank}; "
+                "lower it or raise max_rank"
+            )
         for option, given, fitting in (
             ("warm_start", self.warm_start, {"flora-bounded"}),
             ("rank_partitioned", self.rank_partitioned, REDISTRIBUTING),

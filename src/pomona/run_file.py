@@ -1,6 +1,7 @@
 """Run files: TOML, read into :class:`pomona.settings.RunSettings`, with errors that say what to change."""
 
 import difflib
+import json
 import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
@@ -25,7 +26,7 @@ def parse_settings(text: str, *, source: str) -> RunSettings:
         ConfigError: The text is no TOML, a key is unknown, or values contradict each other.
     """
     try:
-        return RunSettings.model_validate(tomllib.loads(text))
+        return RunSettings.model_validate_json(json.dumps(tomllib.loads(text), default=str), strict=True)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{source} is not TOML: {error}") from error
     except ValidationError as error:
@@ -53,6 +54,8 @@ def _explain_one(item: "ErrorDetails") -> str:
     where = ".".join(map(str, item["loc"])) or "run"
     if item["type"] == "extra_forbidden":
         return f"{where}: unknown; {_hint(str(item['loc'][-1]), item['loc'][:-1])}"
+    if where == "aggregation.rank" and item["input"] == "auto":
+        return f"{where}: expected a whole number; clients choose their own rank by `pomona join --rank auto`"
     silent = item["type"] in {"missing", "value_error"}
     return f"{where}: {item['msg'].removeprefix('Value error, ')}" + ("" if silent else f", got {item['input']!r}")
 

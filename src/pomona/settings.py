@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import (
@@ -225,6 +226,15 @@ class RunSettings(Section):
         return self
 
     @model_validator(mode="after")
+    def _schedule_comes_true(self) -> Self:
+        if (last := max((number for number, _ in self.aggregation.rank_schedule), default=0)) > self.rounds:
+            raise ValueError(
+                f"aggregation.rank_schedule changes the rank in round {last} of a run of {self.rounds} rounds; "
+                "lower that round or raise rounds"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _ranks_stay_within(self) -> Self:
         rank, most = self.aggregation.rank, self.aggregation.max_rank
         for name, _ in self.training.rank_pattern if rank is not None else ():
@@ -237,7 +247,8 @@ class RunSettings(Section):
 
     @model_validator(mode="after")
     def _trusted_data_are_others(self) -> Self:
-        if self.defence.trusted_data and self.defence.trusted_data == self.data.source:
+        trusted, source = (Path(each).expanduser() for each in (self.defence.trusted_data, self.data.source))
+        if self.defence.trusted_data and trusted.absolute() == source.absolute():
             raise ValueError(
                 "defence.trusted_data should be other data than those that score the run, got "
                 f"{self.data.source!r} as both"

@@ -83,6 +83,7 @@ STRATEGIES: tuple[StrategyFacts, ...] = (
         "fedit",
         "Zhang et al., FedIT, ICASSP 2024, arXiv 2305.05644",
         "Averages both factors separately: cheap, but a mean of products is not the product of the means.",
+        linear=True,
     ),
     _facts(
         "hetlora",

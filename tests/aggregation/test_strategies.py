@@ -340,6 +340,34 @@ def test_download_grows_with_clients_only_where_it_is_said(name: StrategyName) -
     assert (sizes[1] > sizes[0]) == FACTS[name].download_grows_with_clients
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_plain_sum_of_what_is_sent_is_enough_only_where_it_is_said(name: StrategyName, number: int) -> None:
+    """One client sends more by some noise, the other less by it: the sum of what they train is the same."""
+    rule, strategy = rules(max_rank=24), BY_NAME[name]
+    before, parts, _ = run(name, (4, 4), rule, rounds=number)
+    trains = strategy.assign(before, rank=4, round_number=number, rules=rule).trains
+    noise = torch.Generator().manual_seed(5)
+    sent: list[Contribution] = []
+    for sign in (0.0, 1.0):
+        shifted = [dict(part.layers) for part in parts]
+        for layer in SHAPES:
+            moves = [
+                torch.randn(each.shape, generator=noise)
+                for each in (parts[0].layers[layer].a, parts[0].layers[layer].b)
+            ]
+            for part, way in zip(shifted, (sign, -sign), strict=True):
+                a = part[layer].a + way * moves[0] * (trains != "b")
+                b = part[layer].b + way * moves[1] * (trains != "a")
+                part[layer] = replace(part[layer], a=a, b=b)
+        sent += [Contribution(layers=layers, weight=0.5) for layers in shifted]
+    results = [
+        dense(strategy.aggregate(before, pair, round_number=number, rules=rule)[0]) for pair in (sent[:2], sent[2:])
+    ]
+    same = all(torch.allclose(results[0][layer], results[1][layer], rtol=1e-4, atol=1e-5) for layer in SHAPES)
+    assert same is FACTS[name].secure_aggregation
+
+
 def test_ffa_sends_b_alone_and_its_a_never_moves() -> None:
     rule = rules()
     _, parts, after = run("ffa", (4, 4), rule, rounds=3)

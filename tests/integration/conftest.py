@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 POMONA = str(Path(sys.executable).parent / "pomona")
 MARK = "POMONA_TEST_MARK"
@@ -129,12 +131,15 @@ class FinishedDemo:
         home: Folder of its registry.
         peak_bytes: Largest memory of all processes together, shared pages counted once.
         cpu_s: CPU time of all processes together.
+        piece_s: CPU time of a fixed piece of work, the median of many that were done meanwhile: neighbours make the
+            same work take more of it, and other machines take other times.
     """
 
     result: dict[str, object]
     home: Path
     peak_bytes: int
     cpu_s: float
+    piece_s: float
 
 
 @pytest.fixture(scope="session")
@@ -143,14 +148,25 @@ def finished_demo(tmp_path_factory: pytest.TempPathFactory) -> FinishedDemo:
     folder = tmp_path_factory.mktemp("demo")
     terminal = Terminal(mark=folder.as_posix(), folder=folder)
     process = terminal.start("demo", "demo", "--json", "--home", str(folder / "home"))
-    peak, cpu_s = 0, dict[int, float]()
+    peak, cpu_s, pieces = 0, dict[int, float](), list[float]()
     while process.poll() is None:
         peak = max(peak, _usage(terminal, cpu_s))
+        pieces.append(_piece_s())
         time.sleep(2)
     text = terminal.output("demo").read_text()
     assert process.returncode == 0, text + terminal.output("demo.err").read_text()
     terminal.expect_no_process()
-    return FinishedDemo(last_json(text), folder / "home", peak, sum(cpu_s.values()))
+    return FinishedDemo(last_json(text), folder / "home", peak, sum(cpu_s.values()), statistics.median(pieces))
+
+
+def _piece_s() -> float:
+    """Do a piece of work like the demo's, some of it in Python and some in matrix products; return its CPU time."""
+    matrix = torch.ones(256, 256)
+    began = time.thread_time()
+    for _ in range(10):
+        json.loads(json.dumps(list(range(2000))))
+        matrix @ matrix
+    return time.thread_time() - began
 
 
 def _usage(terminal: Terminal, cpu_s: dict[int, float]) -> int:
