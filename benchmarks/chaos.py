@@ -143,7 +143,7 @@ class Chaos:
             logs=[home / LOG],
             secrets=[word for words in KEYWORDS.values() for word in words],
             replay=self._replays[method],
-            orphans=killed,
+            orphans=killed * len(RANKS),
         )
         with open_registry(home) as registry:
             if broken := broken_promises(registry, RUN, known):

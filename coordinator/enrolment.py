@@ -57,7 +57,8 @@ class Roster:
 
     def present(self, online: Collection[int]) -> list[str]:
         """Return the names of the clients that are connected, sorted."""
-        return sorted(name for name, node in self.nodes.items() if node in set(online))
+        connected = set(online)
+        return sorted(name for name, node in self.nodes.items() if node in connected)
 
     def introduce(
         self,

@@ -38,6 +38,7 @@ from pomona.wire import decode_weights, encode_weights
 _log = logging.getLogger(__name__)
 
 _JOIN_POLL_S = 0.5
+_ENROL_S = 3.0  # at a time; a round goes on meanwhile
 _GRACE_S = 15.0  # for those who are about to answer when enough have
 
 
@@ -57,7 +58,8 @@ def run_federation(grid: Grid, settings: RunSettings, registry: Registry, *, run
         _log.error("run %s is cut off: %s", run_id, error)
         raise error if isinstance(error, ServerGone) else server_gone(error) from error
     except BaseException as error:
-        registry.finish_run(run_id, "failed", f"{type(error).__name__}: {error}")
+        if registry.run(run_id).state == "running":  # else whoever ended it has said why
+            registry.finish_run(run_id, "failed", f"{type(error).__name__}: {error}")
         raise
     registry.finish_run(run_id, "finished")
     return versions
@@ -155,27 +157,30 @@ class _Federation:
     def _collect(self, number: int, messages: Sequence[Message]) -> None:
         deadline_s = self._settings.cohort.round_deadline_s
         asked = self._strategy.asked
-        for position, reply in collect(self._puller, messages, deadline_s=deadline_s, idle=self._enrol_newcomers):
-            if reason := self._strategy.receive(asked[position], reply):
-                self._tell(asked[position], reason, number=number)
+        for group in collect(self._puller, messages, deadline_s=deadline_s, idle=self._enrol_newcomers):
+            answers = [(asked[position], reply) for position, reply in group]
+            for (client, _), reason in zip(answers, self._strategy.receive_all(answers), strict=True):
+                if reason:
+                    self._tell([client], reason, number=number)
 
     def _drop_silent(self, number: int, cohort: Sequence[str]) -> None:
         """Record who has not answered, and tell them; what they send later is read by nobody."""
         heard = {each.client for each in self._registry.submissions(self._invitation.run_id, number)}
-        for client in sorted(set(cohort) - heard):
-            self._strategy.missed(client)
-            self._tell(client, f"it did not come within {self._settings.cohort.round_deadline_s:g} s", number=number)
+        silent = sorted(set(cohort) - heard)
+        self._strategy.missed(silent)
+        self._tell(silent, f"it did not come within {self._settings.cohort.round_deadline_s:g} s", number=number)
 
-    def _tell(self, client: str, reason: str, *, number: int | None = None) -> None:
-        """Tell a client, if it is connected, why the coordinator does without it; do not wait for an answer."""
-        if (node := self._roster.nodes.get(client)) is not None:
-            self._tell_node(node, reason, number=number)
+    def _tell(self, clients: Sequence[str], reason: str, *, number: int | None = None) -> None:
+        """Tell those of some clients that are connected why the coordinator does without them; wait for no answer."""
+        self._tell_nodes([self._roster.nodes[each] for each in clients if each in self._roster.nodes], reason, number)
 
-    def _tell_node(self, node: int, reason: str, *, number: int | None = None) -> None:
+    def _tell_nodes(self, nodes: Sequence[int], reason: str, number: int | None = None) -> None:
         printable = reason.encode(errors="replace").decode()[:500]  # a client may have put anything into it
         told = Exclusion(run_id=self._invitation.run_id, round_number=number, reason=printable)
-        json, ttl = told.model_dump_json(), self._settings.cohort.join_timeout_s
-        self._grid.push_messages([Message(pack("exclusion", json), dst_node_id=node, message_type=TELL, ttl=ttl)])
+        content, ttl = pack("exclusion", told.model_dump_json()), self._settings.cohort.join_timeout_s
+        if nodes:
+            messages = [Message(content, dst_node_id=node, message_type=TELL, ttl=ttl) for node in nodes]
+            self._grid.push_messages(messages)
 
     def _publish(self, number: int, aggregate: Aggregate) -> Version:
         settings, run_id = self._settings, self._invitation.run_id
@@ -275,14 +280,22 @@ class _Federation:
         A node that is slow to answer takes part from the round after its answer.
         """
         online = self._online()
-        nodes = [node for node in self._roster.newcomers(online) if node not in self._invited.values()]
+        nodes = sorted(set(self._roster.newcomers(online)) - set(self._invited.values()))
         json, ttl = self._invitation.model_dump_json(), self._settings.cohort.join_timeout_s
         messages = [Message(pack("invitation", json), dst_node_id=node, message_type=ENROL, ttl=ttl) for node in nodes]
         sent = self._grid.push_messages(messages) if messages else []
         self._invited.update({message_id: node for message_id, node in zip(sent, nodes, strict=True) if message_id})
-        for message_id, node in list(self._invited.items()):
+        self._puller.landed(self._invited)
+        until = time.monotonic() + _ENROL_S
+        while True:
+            self._take_introductions(online)
+            if not self._puller.busy(self._invited) or time.monotonic() > until:
+                return
+
+    def _take_introductions(self, online: Sequence[int]) -> None:
+        for message_id in self._puller.known(self._invited):
             if (reply := self._puller.pull(message_id)) is not None:
-                del self._invited[message_id]
+                node = self._invited.pop(message_id)
                 self._enrol(node, self._introduction(node, reply, online))
 
     def _introduction(self, node: int, reply: Reply, online: Sequence[int]) -> Introduction:
@@ -301,7 +314,7 @@ class _Federation:
     def _enrol(self, node: int, who: Introduction) -> None:
         if who.excluded:
             _log.warning("client %s takes no part: %s", who.name, who.excluded)
-            self._tell_node(node, who.excluded)
+            self._tell_nodes([node], who.excluded)
             if who.name in self._roster.members:
                 return
         self._registry.enrol_client(

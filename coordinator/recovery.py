@@ -21,7 +21,7 @@ def committed_rounds(registry: Registry, run_id: str) -> list[Round]:
 
 def unfinished_round(registry: Registry, run_id: str, number: int) -> Round | None:
     """Return a round that was begun and has published nothing; its cohort is asked again, and no other."""
-    return next((each for each in registry.rounds(run_id) if each.number == number), None)
+    return next(iter(registry.rounds(run_id, number)), None)
 
 
 def waiting_submissions(registry: Registry, run_id: str, number: int) -> list[Submission]:

@@ -6,6 +6,7 @@ Bytes are on disk before a row names them, and a row is committed before anybody
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -56,6 +57,8 @@ from pomona.storage.retrying import RUN_PATIENCE_S, until_done
 from pomona.storage.statistics import Statistics, statistics
 
 __all__ = ["RUN_PATIENCE_S", "Registry", "default_home", "open_registry"]
+
+_WRITERS = 8  # blobs that are written at once
 
 _ADAPTER_NAME = TypeAdapter(AdapterName)
 
@@ -231,8 +234,7 @@ class Registry:
         """
         hashes = [hashlib.sha256(each.payload).hexdigest() for each in new]
         known = self._read(lambda c: [rounds.receipt(c, *pair) for pair in zip(new, hashes, strict=True)])
-        stored: list[Submission | RegistryError | None] = []
-        stored += [each or self._keep(one) for each, one in zip(known, new, strict=True)]
+        stored = self._keep_all(known, new)
         missing = [place for place, each in enumerate(stored) if each is None]
         if missing:
             pairs = [(new[place], hashes[place]) for place in missing]
@@ -280,13 +282,17 @@ class Registry:
         """Return all runs, oldest first."""
         return self._read(rounds.runs)
 
-    def rounds(self, run_id: str) -> list[Round]:
-        """Return the rounds of a run, with how many answered and what was published; fit for polling."""
-        return self._read(lambda c: rounds.rounds(c, run_id))
+    def rounds(self, run_id: str, number: int | None = None) -> list[Round]:
+        """Return the rounds of a run, or one, with how many answered and what was published; fit for polling."""
+        return self._read(lambda c: rounds.rounds(c, run_id, number))
 
     def submissions(self, run_id: str, round: int | None = None) -> list[Submission]:  # noqa: A002
         """Return the submissions of a run, or of one round, in the order they came."""
         return self._read(lambda c: rounds.submissions(c, run_id, round))
+
+    def accepted_before(self, run_id: str, nonce: str) -> bool:
+        """Return whether an update of this nonce was accepted in a run, whether it counted or is in quarantine."""
+        return self._read(lambda c: rounds.accepted_before(c, run_id, nonce))
 
     def clients(self, run_id: str) -> list[Client]:
         """Return the clients of a run, by name."""
@@ -410,6 +416,21 @@ class Registry:
             ConfigError: It is PostgreSQL, which has its own tools.
         """
         copy_database(self._engine, target, blobs=self.blobs.root)
+
+    def _keep_all(
+        self, known: Sequence[Submission | None], new: Sequence[NewSubmission]
+    ) -> list[Submission | RegistryError | None]:
+        """Put on disk what is not known yet, some at once: the file system then writes its journal once for them."""
+        stored: list[Submission | RegistryError | None] = list(known)
+        places = [place for place, each in enumerate(known) if each is None]
+        if len(places) <= 1:
+            kept = [self._keep(new[place]) for place in places]
+        else:
+            with ThreadPoolExecutor(_WRITERS) as writers:
+                kept = list(writers.map(self._keep, [new[place] for place in places]))
+        for place, error in zip(places, kept, strict=True):
+            stored[place] = error
+        return stored
 
     def _keep(self, new: NewSubmission) -> BlobWriteError | None:
         """Put the bytes of an accepted update on disk; return why that did not work."""

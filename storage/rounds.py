@@ -30,6 +30,7 @@ _RECEIPT = _SUBMISSIONS.where(_IN_RUN, *_OF_CLIENT, _NONCE, t.submission.c.sha25
 _RECORDED = _SUBMISSIONS.where(t.submission.c.id == sa.bindparam("with_id"))
 _OF_SAME_CLIENT = _ACCEPTED.where(*_OF_CLIENT)
 _OF_SAME_NONCE = _ACCEPTED.where(_NONCE)
+_TAKEN_IN = sa.select(t.submission.c.id).where(_IN_RUN, _NONCE, t.submission.c.status.in_(["accepted", "quarantined"]))
 _INSERT = sa.insert(t.submission).returning(t.submission.c.id)
 
 
@@ -337,6 +338,12 @@ def insert_submission(connection: sa.Connection, new: NewSubmission, sha256: str
     if new.status == "accepted":
         reach("submission-inserted")
     return _submission(connection.execute(_RECORDED, {"with_id": key}).one())
+
+
+def accepted_before(connection: sa.Connection, run_id: str, nonce: str) -> bool:
+    """Return whether an update of this nonce was accepted in a run, whether it counted or is in quarantine."""
+    asked = {"in_run": run_id, "with_nonce": text(nonce, limit=_NONCE_LENGTH)}
+    return connection.execute(_TAKEN_IN, asked).first() is not None
 
 
 def submissions(

@@ -104,7 +104,7 @@ class Outside:
         secrets: Texts that must not stand there.
         replay: Aggregates again; None: it is not tried.
         replay_from: The first round to aggregate again.
-        orphans: So many blobs may lie about, one for each writer that was killed; none after they were collected.
+        orphans: So many blobs may lie about: what killed writers were about to record; none after they were collected.
     """
 
     journal: Sequence[Event] = ()
@@ -154,7 +154,7 @@ def _whole(case: _Case) -> Iterator[str]:
         yield f"{problem.about}: {problem.found}"
     orphans = [note for note in found.notes if note.about.startswith("blob ")]
     if len(orphans) > case.known.orphans:
-        yield f"{len(orphans)} orphaned blobs, though at most {case.known.orphans} writers died"
+        yield f"{len(orphans)} orphaned blobs, expected at most {case.known.orphans} of killed writers"
     for note in found.notes:
         if note not in orphans:
             yield f"{note.about} was left by a writer that died: {note.found}"

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
 from typing import Self
@@ -22,7 +23,7 @@ from pomona.coordinator import federation, replies
 from pomona.coordinator.federation import run_federation
 from pomona.coordinator.recovery import only_coordinator
 from pomona.datasets import Dataset, Task, load_dataset
-from pomona.errors import PomonaError
+from pomona.errors import PomonaError, RegistryError
 from pomona.failpoints import VARIABLE
 from pomona.settings import RunSettings
 from pomona.storage import publishing, rounds, versions
@@ -42,10 +43,11 @@ class Journalling(Registry):
         super().__init__(registry._engine, registry.blobs)
         self._journal = journal
 
-    def record_submission(self, new: NewSubmission) -> Submission:
-        recorded = super().record_submission(new)
-        if recorded.status == "accepted":
-            self.note("acknowledged", recorded.round_number, recorded.client, recorded.sha256)
+    def record_submissions(self, new: Sequence[NewSubmission]) -> list[Submission | RegistryError]:
+        recorded = super().record_submissions(new)
+        for each in recorded:
+            if isinstance(each, Submission) and each.status == "accepted":
+                self.note("acknowledged", each.round_number, each.client, each.sha256)
         return recorded
 
     def publish_round(self, new: NewVersion) -> Version:

@@ -71,9 +71,14 @@ def held(registry: Registry) -> list[tuple[int, str]]:
 
 
 def known(home: Path, replay: Replay, *, kills: int) -> Outside:
-    """Return what the registry of a life is held against; the data of clients are what a log must not tell."""
+    """Return what the registry of a life is held against; the data of clients are what a log must not tell.
+
+    Whoever is killed may have put the updates of all clients on disk that it was about to record together.
+    """
     texts = ("hammer", "salmon", "thunder", "cheese")
-    return Outside(journal=read_journal(home / JOURNAL), logs=[home / LOG], secrets=texts, replay=replay, orphans=kills)
+    return Outside(
+        journal=read_journal(home / JOURNAL), logs=[home / LOG], secrets=texts, replay=replay, orphans=kills * CLIENTS
+    )
 
 
 @pytest.fixture(scope="module")
