@@ -6,7 +6,7 @@ What takes long to import is imported by the fixtures that need it.
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ ROWS_PER_CLASS = {"train": 24, "validation": 12}
 MakeProfile = Callable[..., "Profile"]
 
 
-def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
     """Give each worker whole files, and all tests of real processes, which take longest, to the first one."""
     from xdist.scheduler import LoadScopeScheduling
 

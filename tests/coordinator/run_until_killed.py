@@ -141,8 +141,8 @@ def die_and_tell(wanted: dict[str, str | float | None]) -> dict[str, float]:
         code = 1
         try:
             code = live(wanted)
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
+        except BaseException as error:
+            sys.excepthook(type(error), error, error.__traceback__)
         finally:
             sys.stderr.flush()
             os._exit(code)
