@@ -31,7 +31,7 @@ ROWS_PER_CLASS = {"train": 24, "validation": 12}
 MakeProfile = Callable[..., "Profile"]
 
 
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:  # noqa: ANN401 - xdist has no types
     """Give each worker whole files, and all tests of real processes, which take longest, to the first one."""
     from xdist.scheduler import LoadScopeScheduling
 
