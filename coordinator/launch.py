@@ -208,7 +208,12 @@ def follow(
         show(run)
         if run.state != "running":
             break
-        alive()
+        try:
+            alive()
+        except RunFailed:
+            if registry.run(run_id).state == "running":  # else it ended while Flower was asked
+                raise
+            continue
         time.sleep(_POLL_S)
     if run.state == "failed":
         raise failure(run.reason)

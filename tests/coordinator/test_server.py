@@ -2,14 +2,16 @@
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from pomona.coordinator import launch
 from pomona.coordinator.server import Server, _only_server, find_server
-from pomona.errors import ProcessDied, ProcessError
+from pomona.errors import ProcessDied, ProcessError, RunFailed
 from pomona.processes import free_ports
+from pomona.storage.registry import Registry, open_registry
 
 
 def _facts(home: Path) -> None:
@@ -50,3 +52,31 @@ def test_a_run_notices_within_seconds_that_its_server_is_gone(tmp_path: Path, mo
     monkeypatch.setattr(launch, "_LISTENS_POLL_S", -1.0)
     with pytest.raises(ProcessDied, match="is gone; what it published is in the registry"):
         alive()
+
+
+@pytest.fixture
+def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Registry]:
+    """A registry with a run."""
+    monkeypatch.delenv("POMONA_REGISTRY_URL", raising=False)
+    with open_registry(tmp_path / "home") as registry:
+        registry.add_base_model("b" * 64, "tiny", "a test")
+        registry.start_run(run_id="run-1", adapter="demo", base_sha256="b" * 64, settings_json="{}")
+        yield registry
+
+
+def test_a_run_that_ends_while_flower_is_asked_has_ended_well(registry: Registry) -> None:
+    """Asking takes seconds; the row was read before."""
+
+    def ends_meanwhile() -> None:
+        registry.finish_run("run-1", "finished")
+        raise RunFailed("Flower ended the run (finished:completed)")
+
+    assert launch.follow(registry, "run-1", alive=ends_meanwhile, show=lambda _run: None).state == "finished"
+
+
+def test_a_run_that_flower_ended_and_nobody_wrote_down_has_failed(registry: Registry) -> None:
+    def ended() -> None:
+        raise RunFailed("Flower ended the run (finished:failed)")
+
+    with pytest.raises(RunFailed, match="finished:failed"):
+        launch.follow(registry, "run-1", alive=ended, show=lambda _run: None)
