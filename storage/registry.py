@@ -368,7 +368,10 @@ class Registry:
             ConfigError: The alias is malformed.
             AdapterNotFound: There is no such version.
         """
-        return self._write(lambda c: versions.set_alias(c, name, alias, version))
+        return self._write(
+            lambda c: versions.set_alias(c, name, alias, version),
+            done=lambda c: versions.aliased(c, name, alias, version),
+        )
 
     def remove_alias(self, name: str, alias: str) -> None:
         """Delete an alias; the version stays."""

@@ -130,6 +130,12 @@ def set_alias(connection: sa.Connection, name: str, alias: str, number: int) -> 
     return resolve(connection, version.ref)
 
 
+def aliased(connection: sa.Connection, name: str, alias: str, number: int) -> Version | None:
+    """Return a version if the alias points at it."""
+    found = load(connection, t.version.c.adapter_name == name, t.version.c.version == number)
+    return next((version for version in found if alias in version.aliases), None)
+
+
 def remove_alias(connection: sa.Connection, name: str, alias: str) -> None:
     """Delete an alias; the version stays.
 

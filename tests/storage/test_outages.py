@@ -163,6 +163,16 @@ def test_who_does_not_look_whether_it_was_committed_gets_a_conflict_with_itself(
             registry.publish_round(make_version(weights={"anna": 1.0}))
 
 
+def test_an_alias_whose_move_nobody_heard_of_moved_once(
+    registry: Registry, make_version: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry.publish_round(make_version())
+    lost = lose_the_word_of_a_commit(registry, monkeypatch)
+    assert registry.set_alias("demo", "champion", 1).aliases == ("champion",)
+    assert lost
+    assert len(registry.alias_history("demo", "champion")) == 1
+
+
 def test_an_import_and_a_failed_round_whose_commit_nobody_heard_of(
     registry: Registry, make_version: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
