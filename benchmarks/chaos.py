@@ -52,7 +52,8 @@ from tests.invariants import (  # noqa: E402
 
 from pomona.failpoints import Place  # noqa: E402
 from pomona.settings import RunSettings  # noqa: E402
-from pomona.storage.registry import Registry, open_registry  # noqa: E402
+from pomona.storage.opening import open_registry  # noqa: E402
+from pomona.storage.registry import Registry  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "chaos.json"
 METHODS: Mapping[str, Mapping[str, object]] = {

@@ -36,8 +36,8 @@ from tests.invariants import Outside, Replay, broken_promises
 
 from pomona.processes import Supervisor, child_environment, free_ports, terminated_like_interrupted
 from pomona.settings import RunSettings
+from pomona.storage.opening import open_registry
 from pomona.storage.records import Round
-from pomona.storage.registry import open_registry
 
 POMONA = str(Path(sys.executable).parent / "pomona")
 RESULTS = Path(__file__).parent / "results" / "faults.json"

@@ -104,8 +104,15 @@ def rounds(options: argparse.Namespace, show: Show) -> Facts:
 
 def fleet(name: str, show: Show) -> Facts:
     """Run a server under so many clients."""
-    made = play(CASES[name], show)
-    shutil.rmtree(made.pop("folder"))
+    return _swept(play(CASES[name], show))
+
+
+def _swept(made: Facts) -> Facts:
+    """Remove the folder of a case; where it did not finish, its logs say why."""
+    folder = made.pop("folder")
+    if made["state"] != "finished":
+        raise SystemExit(f"the run is {made['state']}, so nothing is reported; see {folder}")
+    shutil.rmtree(folder)
     return made
 
 
@@ -119,8 +126,7 @@ def superlink(options: argparse.Namespace, show: Show) -> Facts:
         )
     for name, case in variants.items():
         profile = Path(tempfile.mkstemp(prefix="load-", suffix=".raw")[1]) if name == "as it is" and _spy() else None
-        made = play(case, lambda text, name=name: show(f"superlink, {name}: {text}"), profile=profile)  # type: ignore[misc]
-        shutil.rmtree(made.pop("folder"))
+        made = _swept(play(case, lambda text, name=name: show(f"superlink, {name}: {text}"), profile=profile))  # type: ignore[misc]
         found[name] = made | ({"functions": functions(profile)} if profile else {})
     return found
 

@@ -30,8 +30,8 @@ from tests.invariants import Outside, Replay, broken_promises
 
 from pomona.processes import Supervisor, child_environment, terminated_like_interrupted
 from pomona.settings import RunSettings
+from pomona.storage.opening import open_registry
 from pomona.storage.records import Round, Submission
-from pomona.storage.registry import open_registry
 
 HERE = Path(__file__).parent
 RANK, SEED, PROCESSES, THREADS = 64, 7, 2, 24

@@ -32,7 +32,8 @@ from pomona.messages import pack, unpack
 from pomona.protocol import TRAIN, Enrolled
 from pomona.settings import RunSettings
 from pomona.storage.engine import create_engine
-from pomona.storage.registry import Registry, open_registry
+from pomona.storage.opening import open_registry
+from pomona.storage.registry import Registry
 from pomona.storage.verification import verify
 
 RANK = 64

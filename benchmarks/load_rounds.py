@@ -30,7 +30,7 @@ from pomona.coordinator import federation, replies
 from pomona.coordinator.federation import run_federation
 from pomona.messages import unpack
 from pomona.settings import RunSettings
-from pomona.storage.registry import open_registry
+from pomona.storage.opening import open_registry
 
 RUN, RANK, CLIENTS = "rounds", 4, 4
 EVERY = 50

@@ -51,7 +51,8 @@ from rich.table import Table
 
 from pomona import __version__
 from pomona.storage.engine import create_engine
-from pomona.storage.registry import Registry, open_registry
+from pomona.storage.opening import open_registry
+from pomona.storage.registry import Registry
 
 RESULTS = Path(__file__).parent / "results" / "registry.json"
 MLFLOW = "3.17.2"

@@ -12,8 +12,8 @@ from safetensors.numpy import save
 
 from pomona.storage import tables as t
 from pomona.storage.engine import create_engine, writing
+from pomona.storage.opening import open_registry
 from pomona.storage.records import Exactness, NewVersion
-from pomona.storage.registry import open_registry
 
 PAYLOAD = save({"lora_A.layer": np.ones((2, 3), np.float32), "lora_B.layer": np.ones((4, 2), np.float32)})
 _ROWS = 10_000

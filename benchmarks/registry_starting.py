@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from pomona.storage.registry import open_registry
+from pomona.storage.opening import open_registry
 
 Facts = dict[str, Any]
 

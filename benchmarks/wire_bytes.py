@@ -41,7 +41,7 @@ from pomona.datasets import load_dataset, write_jsonl
 from pomona.partition import partition_iid
 from pomona.processes import Supervisor, child_environment, free_ports, terminated_like_interrupted
 from pomona.settings import CohortSettings
-from pomona.storage.registry import open_registry
+from pomona.storage.opening import open_registry
 from pomona.strategies import EQUAL_RANK, STRATEGIES
 
 POMONA = str(Path(sys.executable).parent / "pomona")

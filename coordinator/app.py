@@ -15,7 +15,8 @@ def main(grid: Grid, context: Context) -> None:
     from pomona.coordinator.recovery import only_coordinator  # noqa: PLC0415
     from pomona.logs import bind, configure_logs  # noqa: PLC0415
     from pomona.settings import RunSettings  # noqa: PLC0415
-    from pomona.storage.registry import RUN_PATIENCE_S, open_registry  # noqa: PLC0415
+    from pomona.storage.opening import open_registry  # noqa: PLC0415
+    from pomona.storage.retrying import RUN_PATIENCE_S  # noqa: PLC0415
 
     configure_logs()
     settings = RunSettings.model_validate_json(str(context.run_config["settings"]))
@@ -23,6 +24,6 @@ def main(grid: Grid, context: Context) -> None:
     bind(run_id=run_id)
     with (
         open_registry(patience_s=RUN_PATIENCE_S) as registry,
-        only_coordinator(registry, run_id, wait_s=_OLD_COORDINATOR_S),
+        only_coordinator(registry, run_id, wait_s=_OLD_COORDINATOR_S) as make_sure,
     ):
-        run_federation(grid, settings, registry, run_id=run_id)
+        run_federation(grid, settings, registry, run_id=run_id, make_sure=make_sure)

@@ -8,7 +8,7 @@ every round to the registry before the next one begins.
 import contextlib
 import logging
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import httpx
 import numpy as np
@@ -24,7 +24,7 @@ from pomona.coordinator.recovery import committed_rounds, known_members, unfinis
 from pomona.coordinator.replies import Puller, Reply, collect, server_gone
 from pomona.coordinator.strategy import Aggregate, LoraStrategy
 from pomona.coordinator.trusted import TrustedTrainer
-from pomona.errors import NotEnoughClients, PayloadError, PomonaError, RunFailed, ServerGone
+from pomona.errors import AlreadyCoordinated, NotEnoughClients, PayloadError, PomonaError, RunFailed, ServerGone
 from pomona.failpoints import reach
 from pomona.lora_model import AdaptedModel, Scores
 from pomona.messages import pack, unpack
@@ -42,21 +42,38 @@ _ENROL_S = 3.0  # at a time; a round goes on meanwhile
 _GRACE_S = 15.0  # for those who are about to answer when enough have
 
 
-def run_federation(grid: Grid, settings: RunSettings, registry: Registry, *, run_id: str) -> list[Version]:
+def run_federation(
+    grid: Grid,
+    settings: RunSettings,
+    registry: Registry,
+    *,
+    run_id: str,
+    make_sure: Callable[[], None] = lambda: None,
+) -> list[Version]:
     """Run all rounds and return the versions that were published, oldest first.
 
-    However it ends, the run's row in the registry says so; where the server is gone it has not ended.
+    However it ends, the run's row in the registry says so; where the server is gone, or another process has taken the
+    run over, it has not ended.
+
+    Args:
+        grid: Where the clients are.
+        settings: Of the run.
+        registry: Where it is recorded.
+        run_id: Its id.
+        make_sure: Called at every round, and before it is published; raises AlreadyCoordinated where the run is no
+            longer ours.
 
     Raises:
+        AlreadyCoordinated: Another process took the run over while we had lost its lock.
         ServerGone: Flower's server cannot be reached; the same call goes on with the run later.
         NotEnoughClients: Too few clients joined in time, or answered.
     """
     invitation = begin_run(registry, settings, run_id=run_id)
     try:
-        versions = _Federation(grid, settings, registry, invitation).run()
-    except (ServerGone, httpx.TransportError) as error:
+        versions = _Federation(grid, settings, registry, invitation, make_sure).run()
+    except (ServerGone, AlreadyCoordinated, httpx.TransportError) as error:
         _log.error("run %s is cut off: %s", run_id, error)
-        raise error if isinstance(error, ServerGone) else server_gone(error) from error
+        raise server_gone(error) if isinstance(error, httpx.TransportError) else error from error
     except BaseException as error:
         if registry.run(run_id).state == "running":  # else whoever ended it has said why
             registry.finish_run(run_id, "failed", f"{type(error).__name__}: {error}")
@@ -66,8 +83,16 @@ def run_federation(grid: Grid, settings: RunSettings, registry: Registry, *, run
 
 
 class _Federation:
-    def __init__(self, grid: Grid, settings: RunSettings, registry: Registry, invitation: Invitation) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        settings: RunSettings,
+        registry: Registry,
+        invitation: Invitation,
+        make_sure: Callable[[], None],
+    ) -> None:
         self._grid, self._settings, self._registry, self._invitation = grid, settings, registry, invitation
+        self._make_sure = make_sure
         self._model = AdaptedModel(
             find_base_model(settings.model.base),
             task=settings.task,
@@ -129,6 +154,7 @@ class _Federation:
 
     def _round(self, number: int) -> Version:
         run_id, strategy = self._invitation.run_id, self._strategy
+        self._make_sure()
         cohort = self._cohort(number)
         opened = self._registry.open_round(run_id, number, parent=strategy.parent or None, cohort=cohort)
         reach("round-opened")
@@ -137,15 +163,17 @@ class _Federation:
             messages = list(strategy.configure_train(number, ArrayRecord(), config, self._grid))
             self._collect(number, messages)
             reach("round-closing")
+            self._make_sure()
             if strategy.enough:
                 self._registry.freeze_round(run_id, number)
                 reach("round-frozen")
             self._drop_silent(number, cohort)
             aggregate = strategy.close()
             reach("round-aggregated")
+            self._make_sure()
             version = self._publish(number, aggregate)
             reach("version-published")
-        except (ServerGone, httpx.TransportError):
+        except (ServerGone, AlreadyCoordinated, httpx.TransportError):
             raise
         except BaseException as error:
             with contextlib.suppress(PomonaError):

@@ -2,11 +2,12 @@
 
 import fcntl
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from pomona.aggregation.verify import Enrolment
-from pomona.errors import ConfigError, ProcessError
+from pomona.errors import AlreadyCoordinated, ConfigError
 from pomona.settings import TrainingSettings
 from pomona.storage.records import Round, Run, Submission
 from pomona.storage.registry import Registry
@@ -67,8 +68,11 @@ def resumable_run(registry: Registry, wanted: str) -> Run:
 
 
 @contextmanager
-def only_coordinator(registry: Registry, run_id: str, *, wait_s: float = 0.0) -> Iterator[None]:
-    """Hold the lock of a run; two coordinators would ask its clients twice.
+def only_coordinator(registry: Registry, run_id: str, *, wait_s: float = 0.0) -> Iterator[Callable[[], None]]:
+    """Hold the lock of a run, since two coordinators would ask its clients twice; yield what makes sure of it.
+
+    A lock in PostgreSQL is lost when the connection breaks, and another machine may take it before we do again: so the
+    caller makes sure at every round.
 
     Args:
         registry: Where the run is.
@@ -76,17 +80,27 @@ def only_coordinator(registry: Registry, run_id: str, *, wait_s: float = 0.0) ->
         wait_s: Wait so long for a coordinator whose server was killed, and which has not noticed yet.
 
     Raises:
-        ProcessError: Another process coordinates it, on this machine or on another one that has the same PostgreSQL.
+        AlreadyCoordinated: Another process coordinates it, on this machine or on another one that has the same
+            PostgreSQL.
     """
     deadline = time.monotonic() + wait_s
     while True:
-        with _try_here(registry, run_id) as here, registry.try_to_hold(run_id) as everywhere:
-            if here and everywhere:
-                yield
+        with _try_here(registry, run_id) as here, registry.lock(run_id) as ours:
+            if here and ours():
+                yield partial(_insist, ours, run_id)
                 return
         if time.monotonic() >= deadline:
-            raise ProcessError(f"run {run_id} is being coordinated by another process; follow that one")
+            raise _already_coordinated(run_id)
         time.sleep(_POLL_S)
+
+
+def _insist(ours: Callable[[], bool], run_id: str) -> None:
+    if not ours():
+        raise _already_coordinated(run_id)
+
+
+def _already_coordinated(run_id: str) -> AlreadyCoordinated:
+    return AlreadyCoordinated(f"run {run_id} is being coordinated by another process; follow that one")
 
 
 @contextmanager

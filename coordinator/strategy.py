@@ -376,14 +376,11 @@ class LoraStrategy(Strategy):
             rank_pattern=self._settings.training.rank_pattern,
             factors_count=limits.strategy in FACTORS_COUNT,
         )
-        if client in self._round.accepted or self._counted_before(update.nonce):
+        if client in self._round.accepted or update.nonce in self._round.nonces:
             raise UpdateRejected(client, "a second copy of an update that has been counted")
         verify_update(update, enrolment=asked, expected=expected)
         self._round.nonces.add(update.nonce)
         return update
-
-    def _counted_before(self, nonce: str) -> bool:
-        return nonce in self._round.nonces or self._registry.accepted_before(self._invitation.run_id, nonce)
 
     def _largest_payload(self, rank: int) -> int:
         layer_rank = self._settings.training.layer_rank

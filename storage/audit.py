@@ -8,7 +8,7 @@ rewrite a hash that somebody wrote down elsewhere: ``pomona registry audit --exp
 import getpass
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -57,17 +57,29 @@ def wait_for_turn(connection: sa.Connection) -> None:
 
 def append(connection: sa.Connection, event: str, subject: str, **details: object) -> None:
     """Write down a change in the transaction that makes it, which has waited for its turn."""
+    append_all(connection, event, [(subject, details)])
+
+
+def append_all(connection: sa.Connection, event: str, what: Sequence[tuple[str, Mapping[str, object]]]) -> None:
+    """Write down several changes of one kind, each a subject with its details, in their order."""
     last = connection.execute(_LAST).first()
-    record = {
-        "id": last.id + 1 if last else 1,
-        "at": datetime.now(UTC),
-        "actor": _actor(),
-        "event": event,
-        "subject": subject,
-        "details": details,
-        "previous": last.sha256 if last else START,
-    }
-    connection.execute(_INSERT, {**record, "sha256": digest(record)})
+    number, previous = (last.id, last.sha256) if last else (0, START)
+    records = []
+    for subject, details in what:
+        number += 1
+        record = {
+            "id": number,
+            "at": datetime.now(UTC),
+            "actor": _actor(),
+            "event": event,
+            "subject": subject,
+            "details": details,
+            "previous": previous,
+        }
+        previous = digest(record)
+        records.append({**record, "sha256": previous})
+    if records:
+        connection.execute(_INSERT, records)
 
 
 def digest(record: Mapping[str, object]) -> str:

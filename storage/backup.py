@@ -26,7 +26,8 @@ from pomona.storage.archive import (
 )
 from pomona.storage.blobs import BlobStore
 from pomona.storage.engine import sqlite_url
-from pomona.storage.registry import Registry, open_registry
+from pomona.storage.opening import open_registry
+from pomona.storage.registry import Registry
 
 Progress = Callable[[int, int], None]
 

@@ -143,28 +143,54 @@ def _sqlstate(error: BaseException | None) -> str | None:
     return getattr(getattr(error, "orig", None), "sqlstate", None)
 
 
-@contextmanager
-def session_lock(engine: sa.Engine, name: str) -> Iterator[bool]:
-    """Take one of PostgreSQL's advisory locks for as long as the block lasts, without waiting; tell whether we got it.
+class SessionLock:
+    """One of PostgreSQL's advisory locks. It belongs to one connection, and is free again when that breaks.
 
-    It belongs to one connection, and is free again when that breaks. On SQLite there is none, and everybody gets it.
+    On SQLite there is none, and everybody gets it.
 
-    Raises:
-        RegistryUnavailable: The database cannot be reached.
+    Args:
+        engine: The database.
+        name: Of what is locked.
     """
-    if engine.dialect.name != "postgresql":
-        yield True
-        return
-    number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], signed=True)
-    with database_errors(engine):
-        connection = engine.connect().execution_options(isolation_level="AUTOCOMMIT")
-    try:
-        with database_errors(engine):
-            taken = connection.scalar(sa.select(sa.func.pg_try_advisory_lock(number)))
-        yield bool(taken)
-    finally:
-        connection.invalidate()  # a closed session has no locks; a pooled one would
-        connection.close()
+
+    def __init__(self, engine: sa.Engine, name: str) -> None:
+        self._engine = engine
+        self._number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], signed=True)
+        self._connection: sa.Connection | None = None
+
+    def take(self) -> bool:
+        """Take the lock without waiting, or make sure that it is still ours; tell whether it is.
+
+        Raises:
+            RegistryUnavailable: The database cannot be reached.
+        """
+        if self._engine.dialect.name != "postgresql" or self._alive():
+            return True
+        with database_errors(self._engine):
+            connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+        self._connection = connection
+        with database_errors(self._engine):
+            taken = bool(connection.scalar(sa.select(sa.func.pg_try_advisory_lock(self._number))))
+        if not taken:
+            self.release()
+        return taken
+
+    def release(self) -> None:
+        """Let go of it."""
+        if self._connection is not None:
+            self._connection.invalidate()  # a closed session has no locks; a pooled one would
+            self._connection.close()
+            self._connection = None
+
+    def _alive(self) -> bool:
+        if self._connection is None:
+            return False
+        try:
+            self._connection.execute(sa.select(1))
+        except DBAPIError:
+            self.release()
+            return False
+        return True
 
 
 def keep_log(engine: sa.Engine) -> None:

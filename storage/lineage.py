@@ -4,10 +4,9 @@ from collections.abc import Mapping, Sequence
 
 import sqlalchemy as sa
 
+from pomona.storage import submissions, versions
 from pomona.storage import tables as t
-from pomona.storage import versions
 from pomona.storage.records import LineageNode, Submission, Version
-from pomona.storage.rounds import submissions
 
 
 def trace(connection: sa.Connection, ref: str) -> LineageNode:
@@ -48,7 +47,7 @@ def _edges_below(connection: sa.Connection, version_id: int) -> Sequence[sa.Row[
 
 def _submissions_of(connection: sa.Connection, ancestors: Sequence[Version]) -> Mapping[int, Sequence[Submission]]:
     by_round = {
-        run_id: submissions(connection, run_id, None)
+        run_id: submissions.of_run(connection, run_id, None)
         for run_id in {version.run_id for version in ancestors if version.run_id is not None}
     }
     return {

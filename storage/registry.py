@@ -4,19 +4,17 @@ Bytes are on disk before a row names them, and a row is committed before anybody
 """
 
 import hashlib
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
 import sqlalchemy as sa
-from platformdirs import user_data_path
 from pydantic import TypeAdapter, ValidationError
 
-from pomona.errors import BlobWriteError, ConfigError, RegistryError, RegistryUnavailable
+from pomona.errors import BlobWriteError, ConfigError, RegistryError
 from pomona.failpoints import reach
 from pomona.settings import AdapterName
 from pomona.storage import (
@@ -27,15 +25,15 @@ from pomona.storage import (
     publishing,
     references,
     rounds,
-    schema,
     search,
+    submissions,
     versions,
 )
 from pomona.storage import tables as t
 from pomona.storage.audit import AuditRecord
 from pomona.storage.blobs import BlobStore
 from pomona.storage.consistency import Finding
-from pomona.storage.engine import copy_database, create_engine, reading, session_lock, sqlite_url, writing
+from pomona.storage.engine import SessionLock, copy_database, reading, writing
 from pomona.storage.records import (
     AdapterSummary,
     AliasMove,
@@ -53,10 +51,8 @@ from pomona.storage.records import (
     Version,
 )
 from pomona.storage.references import Reference
-from pomona.storage.retrying import RUN_PATIENCE_S, until_done
+from pomona.storage.retrying import until_done
 from pomona.storage.statistics import Statistics, statistics
-
-__all__ = ["RUN_PATIENCE_S", "Registry", "default_home", "open_registry"]
 
 _WRITERS = 8  # blobs that are written at once
 
@@ -67,44 +63,6 @@ Result = TypeVar("Result")
 
 def _none(_connection: sa.Connection) -> None:
     return None
-
-
-def default_home() -> Path:
-    """Return the registry's folder: ``POMONA_HOME``, or the user's data folder."""
-    home = os.environ.get("POMONA_HOME")
-    return Path(home) if home else user_data_path("pomona")
-
-
-def open_registry(
-    home: Path | None = None, *, url: str | None = None, read_only: bool = False, patience_s: float = 0.0
-) -> "Registry":
-    """Open a registry, create it where there is none, and migrate it where it is older.
-
-    Args:
-        home: Folder of ``registry.db`` and ``blobs``; by default :func:`default_home`.
-        url: Database to use instead of ``registry.db``; by default ``POMONA_REGISTRY_URL``.
-        read_only: Create, migrate and write nothing.
-        patience_s: How long the database may be away, once it is open, before a method raises; what it does meanwhile
-            it does once.
-
-    Raises:
-        RegistryUnavailable: The database or the folder cannot be used.
-        SchemaTooNew: A newer package wrote it; nothing was changed.
-    """
-    home = home or default_home()
-    url = url or os.environ.get("POMONA_REGISTRY_URL") or None
-    _prepare_home(home, needs_file=url is None, read_only=read_only)
-    engine = create_engine(url or sqlite_url(home / "registry.db", read_only=read_only), read_only=read_only)
-    try:
-        lock = home / "registry.lock" if engine.dialect.name == "sqlite" else None
-        schema.prepare(engine, lock=lock, read_only=read_only)
-    except BaseException:
-        engine.dispose()
-        raise
-    blobs = BlobStore(home / "blobs", read_only=read_only)
-    if not read_only:
-        blobs.remove_leftovers()
-    return Registry(engine, blobs, patience_s=patience_s)
 
 
 class Registry:
@@ -233,12 +191,12 @@ class Registry:
             RegistryUnavailable: The database cannot be used; none was recorded.
         """
         hashes = [hashlib.sha256(each.payload).hexdigest() for each in new]
-        known = self._read(lambda c: [rounds.receipt(c, *pair) for pair in zip(new, hashes, strict=True)])
+        known = self._read(lambda c: submissions.receipts(c, list(zip(new, hashes, strict=True))))
         stored = self._keep_all(known, new)
         missing = [place for place, each in enumerate(stored) if each is None]
         if missing:
             pairs = [(new[place], hashes[place]) for place in missing]
-            for place, each in zip(missing, self._write(lambda c: rounds.insert_submissions(c, pairs)), strict=True):
+            for place, each in zip(missing, self._write(lambda c: submissions.insert(c, pairs)), strict=True):
                 stored[place] = each
                 if isinstance(each, Submission) and each.status == "accepted":
                     reach("submission-recorded")
@@ -288,11 +246,7 @@ class Registry:
 
     def submissions(self, run_id: str, round: int | None = None) -> list[Submission]:  # noqa: A002
         """Return the submissions of a run, or of one round, in the order they came."""
-        return self._read(lambda c: rounds.submissions(c, run_id, round))
-
-    def accepted_before(self, run_id: str, nonce: str) -> bool:
-        """Return whether an update of this nonce was accepted in a run, whether it counted or is in quarantine."""
-        return self._read(lambda c: rounds.accepted_before(c, run_id, nonce))
+        return self._read(lambda c: submissions.of_run(c, run_id, round))
 
     def clients(self, run_id: str) -> list[Client]:
         """Return the clients of a run, by name."""
@@ -405,12 +359,18 @@ class Registry:
         """Return what the database holds that contradicts itself or points at nothing."""
         return self._read(consistency.contradictions)
 
-    def try_to_hold(self, run_id: str) -> AbstractContextManager[bool]:
-        """Take the lock of a run on PostgreSQL, which machines may share, and tell whether that worked.
+    @contextmanager
+    def lock(self, run_id: str) -> Iterator[Callable[[], bool]]:
+        """Yield what takes the lock of a run on PostgreSQL, which machines may share, and tells whether it is ours.
 
-        On SQLite there is none, and everybody gets it: all who share the database share a folder, and can lock files.
+        It is to be asked now and then: the lock goes with its connection, and is then taken again if it can be. On
+        SQLite there is none, and everybody gets it: all who share the database share a folder, and can lock files.
         """
-        return session_lock(self._engine, f"run {run_id}")
+        lock = SessionLock(self._engine, f"run {run_id}")
+        try:
+            yield lambda: until_done(lambda _unsure: lock.take(), patience_s=self._patience_s)
+        finally:
+            lock.release()
 
     def copy_database(self, target: Path) -> None:
         """Copy the database of a registry on SQLite, as it is at one moment, to a new file.
@@ -480,16 +440,3 @@ def _check_name(adapter: str) -> None:
         raise ConfigError(
             f"expected an adapter name of letters, digits and ._- that begins with a letter or digit, got {adapter!r}"
         ) from error
-
-
-def _prepare_home(home: Path, *, needs_file: bool, read_only: bool) -> None:
-    if read_only:
-        if needs_file and not (home / "registry.db").is_file():
-            raise RegistryUnavailable(
-                f"there is no registry in {home}; a run creates it, or name another folder by --home or POMONA_HOME"
-            )
-        return
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RegistryUnavailable(f"cannot create the registry's folder {home}: {error.strerror}") from error

@@ -5,33 +5,18 @@ from datetime import UTC, datetime
 
 import sqlalchemy as sa
 
-from pomona.errors import AdapterNotFound, BaseModelError, ConfigError, RegistryError, VersionConflict
-from pomona.failpoints import reach
+from pomona.errors import AdapterNotFound, BaseModelError, ConfigError, VersionConflict
 from pomona.storage import audit, versions
 from pomona.storage import tables as t
-from pomona.storage.records import Client, NewSubmission, Round, Run, RunState, Submission, SubmissionStatus
-from pomona.storage.values import count, json_value, metrics, read_metrics, real, text
+from pomona.storage.records import Client, Round, Run, RunState, SubmissionStatus
+from pomona.storage.values import count, metrics, read_metrics, text
 
 _NAME_LENGTH = 200
-_NONCE_LENGTH = 64
 REASON_LENGTH = 2000
 
 _ROUND = (t.round_.c.run_id == sa.bindparam("in_run"), t.round_.c.number == sa.bindparam("in_round"))
 _REF = t.version.c.adapter_name + "/" + sa.cast(t.version.c.version, sa.String(20))
-_SUBMISSIONS = sa.select(t.submission, _REF.label("version")).outerjoin(t.version).order_by(t.submission.c.id)
-
-# what is asked for every update is built once: building takes ten times as long as running
-_IN_RUN = t.submission.c.run_id == sa.bindparam("in_run")
-_OF_CLIENT = (t.submission.c.round == sa.bindparam("in_round"), t.submission.c.client == sa.bindparam("of_client"))
-_NONCE = t.submission.c.nonce == sa.bindparam("with_nonce")
-_ACCEPTED = sa.select(t.submission.c.id).where(_IN_RUN, t.submission.c.status == "accepted")
 _LOCKED_ROUND = sa.select(t.round_).where(*_ROUND).with_for_update()
-_RECEIPT = _SUBMISSIONS.where(_IN_RUN, *_OF_CLIENT, _NONCE, t.submission.c.sha256 == sa.bindparam("of_bytes"))
-_RECORDED = _SUBMISSIONS.where(t.submission.c.id == sa.bindparam("with_id"))
-_OF_SAME_CLIENT = _ACCEPTED.where(*_OF_CLIENT)
-_OF_SAME_NONCE = _ACCEPTED.where(_NONCE)
-_TAKEN_IN = sa.select(t.submission.c.id).where(_IN_RUN, _NONCE, t.submission.c.status.in_(["accepted", "quarantined"]))
-_INSERT = sa.insert(t.submission).returning(t.submission.c.id)
 
 
 def start_run(connection: sa.Connection, *, run_id: str, adapter: str, base_sha256: str, settings_json: str) -> Run:
@@ -279,122 +264,6 @@ def rounds(connection: sa.Connection, run_id: str, number: int | None = None) ->
         )
         for row in connection.execute(query)
     ]
-
-
-def receipt(connection: sa.Connection, new: NewSubmission, sha256: str) -> Submission | None:
-    """Return the row of this very update, recorded before."""
-    row = connection.execute(_RECEIPT, {**_identity(new), "of_bytes": sha256}).first()
-    return _submission(row) if row else None
-
-
-def insert_submissions(
-    connection: sa.Connection, new: Sequence[tuple[NewSubmission, str]]
-) -> list[Submission | RegistryError]:
-    """Write the rows of updates with their hashes; return for each its row, or why it has none.
-
-    Rounds are locked in one order, so that two writers cannot wait for each other.
-    """
-    found: dict[int, Submission | RegistryError] = {}
-    for place in sorted(range(len(new)), key=lambda place: (new[place][0].run_id, new[place][0].round_number)):
-        try:
-            found[place] = insert_submission(connection, *new[place])
-        except RegistryError as error:  # it comes before anything is written
-            found[place] = error
-    return [found[place] for place in range(len(new))]
-
-
-def insert_submission(connection: sa.Connection, new: NewSubmission, sha256: str) -> Submission:
-    """Write the row of an update, or return the one it has.
-
-    Raises:
-        AdapterNotFound: There is no such round.
-        VersionConflict: It is accepted, but the round is closed, the client has another accepted update in
-            it, or the nonce was used before.
-    """
-    row = lock_round(connection, new.run_id, new.round_number)
-    if known := receipt(connection, new, sha256):
-        return known
-    if new.status == "accepted":
-        _require_room(connection, new, state="closing" if row.state == "open" and row.frozen_at else row.state)
-    values = {
-        "run_id": new.run_id,
-        "round": new.round_number,
-        "client": text(new.client, limit=_NAME_LENGTH),
-        "rank": count(new.rank),
-        "alpha": real(new.alpha),
-        "num_examples": count(new.num_examples),
-        "sha256": sha256,
-        "bytes": len(new.payload),
-        "nonce": text(new.nonce, limit=_NONCE_LENGTH),
-        "status": new.status,
-        "reason": text(new.reason, limit=REASON_LENGTH),
-        "received_at": datetime.now(UTC),
-        "train_loss": real(new.train_loss),
-        "spectrum": json_value(new.spectrum) if new.spectrum else None,
-    }
-    key = connection.execute(_INSERT, values).scalar_one()
-    where = f"{new.run_id}/{new.round_number}: {values['client']}"
-    audit.append(connection, "submission-recorded", where, status=new.status, sha256=sha256)
-    if new.status == "accepted":
-        reach("submission-inserted")
-    return _submission(connection.execute(_RECORDED, {"with_id": key}).one())
-
-
-def accepted_before(connection: sa.Connection, run_id: str, nonce: str) -> bool:
-    """Return whether an update of this nonce was accepted in a run, whether it counted or is in quarantine."""
-    asked = {"in_run": run_id, "with_nonce": text(nonce, limit=_NONCE_LENGTH)}
-    return connection.execute(_TAKEN_IN, asked).first() is not None
-
-
-def submissions(
-    connection: sa.Connection, run_id: str, number: int | None, *where: sa.ColumnElement[bool]
-) -> list[Submission]:
-    """Return the submissions of a run, or of one round, in the order they came."""
-    query = _SUBMISSIONS.where(t.submission.c.run_id == run_id, *where)
-    if number is not None:
-        query = query.where(t.submission.c.round == number)
-    return [_submission(row) for row in connection.execute(query)]
-
-
-def _submission(row: sa.Row[tuple[object, ...]]) -> Submission:
-    return Submission(
-        id=row.id,
-        run_id=row.run_id,
-        round_number=row.round,
-        client=row.client,
-        rank=row.rank,
-        alpha=row.alpha,
-        num_examples=row.num_examples,
-        sha256=row.sha256,
-        bytes=row.bytes,
-        nonce=row.nonce,
-        status=row.status,
-        reason=row.reason,
-        weight=row.weight,
-        received_at=row.received_at,
-        train_loss=row.train_loss,
-        version=row.version,
-        spectrum=row.spectrum or {},
-    )
-
-
-def _require_room(connection: sa.Connection, new: NewSubmission, *, state: str) -> None:
-    where = f"round {new.round_number} of run {new.run_id}"
-    if state != "open":
-        raise VersionConflict(f"{where} is {state}; the update of {new.client!r} can only be recorded as late")
-    if connection.execute(_OF_SAME_CLIENT, _identity(new)).first():
-        raise VersionConflict(f"{where} has another accepted update of {new.client!r}; the first one counts")
-    if connection.execute(_OF_SAME_NONCE, _identity(new)).first():
-        raise VersionConflict(f"the nonce of {new.client!r} in {where} was used before; send a new one")
-
-
-def _identity(new: NewSubmission) -> dict[str, str | int]:
-    return {
-        "in_run": new.run_id,
-        "in_round": new.round_number,
-        "of_client": text(new.client, limit=_NAME_LENGTH),
-        "with_nonce": text(new.nonce, limit=_NONCE_LENGTH),
-    }
 
 
 def _count_submissions(

@@ -20,6 +20,7 @@ metadata = sa.MetaData(
 )
 
 ACCEPTED = sa.text("status = 'accepted'")
+TAKEN_IN = sa.text("status IN ('accepted', 'quarantined')")
 SHORT_TAG_LENGTH = 200  # an index of PostgreSQL cannot hold the 5,000 characters that a tag may have
 SHORT_TAG = sa.text(f"length(value) <= {SHORT_TAG_LENGTH}")
 LONG_TAG = sa.text(f"length(value) > {SHORT_TAG_LENGTH}")
@@ -186,8 +187,8 @@ submission = sa.Table(
         "run_id",
         "nonce",
         unique=True,
-        sqlite_where=ACCEPTED,
-        postgresql_where=ACCEPTED,
+        sqlite_where=TAKEN_IN,
+        postgresql_where=TAKEN_IN,
     ),
 )
 

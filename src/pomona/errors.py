@@ -15,8 +15,9 @@ PomonaError (1)
 │   └── BackupDamaged (18)      a file is no backup, or is not whole
 ├── ProcessError (20)
 │   ├── PortInUse (21)          another program listens on the port that was asked for
-│   └── ProcessDied (22)        a process that must live has ended
-│       └── ServerGone (23)     the server died under a run, which can go on when it is back
+│   ├── ProcessDied (22)        a process that must live has ended
+│   │   └── ServerGone (23)     the server died under a run, which can go on when it is back
+│   └── AlreadyCoordinated (24) another process coordinates the run
 ├── RunError (30)
 │   ├── NotEnoughClients (31)   fewer clients than the run needs joined, or answered
 │   ├── RunFailed (32)          the coordinator ended the run with an error
@@ -138,6 +139,12 @@ class ServerGone(ProcessDied):
     """The server died under a run, which can go on when the server is back."""
 
     exit_code = 23
+
+
+class AlreadyCoordinated(ProcessError):
+    """Another process coordinates the run."""
+
+    exit_code = 24
 
 
 class RunError(PomonaError):

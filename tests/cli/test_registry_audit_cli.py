@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from pomona.cli import app
 from pomona.storage.engine import writing
-from pomona.storage.registry import Registry, open_registry
+from pomona.storage.opening import open_registry
+from pomona.storage.registry import Registry
 
 Call = Callable[..., Result]
 

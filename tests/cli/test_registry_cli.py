@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 
 from pomona.cli import output
 from pomona.cli.registry import app
+from pomona.storage.opening import open_registry
 from pomona.storage.records import NewSubmission, NewVersion, SubmissionStatus
-from pomona.storage.registry import Registry, open_registry
+from pomona.storage.registry import Registry
 
 BASE = "b" * 64
 PAYLOAD = save({"lora_A.x": np.ones((2, 3), np.float32), "lora_B.x": np.ones((4, 2), np.float32)})

@@ -11,8 +11,9 @@ from safetensors.numpy import save
 from typer.testing import CliRunner
 
 from pomona.cli.registry import app
+from pomona.storage.opening import open_registry
 from pomona.storage.records import NewVersion
-from pomona.storage.registry import Registry, open_registry
+from pomona.storage.registry import Registry
 
 Array = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 Call = Callable[..., Result]

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from pomona.cli.registry import app
-from pomona.storage.registry import open_registry
+from pomona.storage.opening import open_registry
 
 MODULE = "encoder.layer.0.attention.self.query"
 Call = Callable[..., Result]

@@ -11,8 +11,9 @@ from typer.testing import CliRunner
 
 from pomona.cli import app
 from pomona.cli.sparkline import WIDTH, sparkline
+from pomona.storage.opening import open_registry
 from pomona.storage.records import NewVersion
-from pomona.storage.registry import Registry, open_registry
+from pomona.storage.registry import Registry
 
 BASE = "b" * 64
 Call = Callable[..., Result]

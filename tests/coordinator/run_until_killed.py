@@ -27,8 +27,9 @@ from pomona.errors import PomonaError, RegistryError
 from pomona.failpoints import VARIABLE
 from pomona.settings import RunSettings
 from pomona.storage import publishing, rounds, versions
+from pomona.storage.opening import open_registry
 from pomona.storage.records import NewSubmission, NewVersion, Submission, Version
-from pomona.storage.registry import Registry, open_registry
+from pomona.storage.registry import Registry
 
 RANKS = (2, 4, 3)
 RUN = "run-1"
@@ -83,12 +84,12 @@ def federate(home: Path, model: Path, data: Path, settings: RunSettings) -> None
         setattr(TaskIdentity, name, 1)
     replies._POLL_S = 0.01
     federation._JOIN_POLL_S = 0.01
-    with open_registry(home) as opened, only_coordinator(opened, RUN):
+    with open_registry(home) as opened, only_coordinator(opened, RUN) as make_sure:
         registry = Journalling(opened, home / JOURNAL)
         clients = nodes(model, data)
         for node in clients:
             node.trains = _noted(registry, node.profile.name)
-        run_federation(InProcessGrid(clients), settings, registry, run_id=RUN)
+        run_federation(InProcessGrid(clients), settings, registry, run_id=RUN, make_sure=make_sure)
 
 
 def _noted(registry: Journalling, client: str) -> Tamper:

@@ -15,24 +15,19 @@ from tests.invariants import Outside, Replay, broken_promises
 from tests.postgresql import own_server
 
 from pomona.client.trainer import Profile
-from pomona.coordinator import federation, replies
+from pomona.coordinator import federation
 from pomona.coordinator.federation import run_federation
 from pomona.coordinator.recovery import only_coordinator
 from pomona.errors import NotEnoughClients, ServerGone
 from pomona.failpoints import Place
 from pomona.settings import RunSettings
-from pomona.storage.registry import Registry, open_registry
+from pomona.storage.opening import open_registry
+from pomona.storage.registry import Registry
+
+pytestmark = pytest.mark.usefixtures("quick_polls")
 
 MakeProfile = Callable[..., Profile]
 DAY_S = 24 * 3600.0
-
-
-@pytest.fixture(autouse=True)
-def _quick(flower_task: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    del flower_task
-    monkeypatch.delenv("POMONA_REGISTRY_URL", raising=False)
-    monkeypatch.setattr(replies, "_POLL_S", 0.01)
-    monkeypatch.setattr(federation, "_JOIN_POLL_S", 0.01)
 
 
 @pytest.fixture
@@ -170,7 +165,7 @@ def test_a_second_coordinator_of_a_run_is_refused_and_changes_nothing(
         assert lives.live(tmp_path, settings, failpoint="round-closing:2").killed
         with open_registry(tmp_path) as registry, only_coordinator(registry, RUN):
             before = (registry.run(RUN), registry.rounds(RUN), registry.submissions(RUN))
-            assert lives.live(tmp_path, settings).code == 20
+            assert lives.live(tmp_path, settings).code == 24
             assert "coordinated by another process" in (tmp_path / LOG).read_text()
             assert (registry.run(RUN), registry.rounds(RUN), registry.submissions(RUN)) == before
         assert lives.live(tmp_path, settings).code == 0, "the lock of one that was killed is free"

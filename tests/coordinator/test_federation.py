@@ -36,10 +36,13 @@ from pomona.payload import read_header
 from pomona.protocol import TrainRequest
 from pomona.seeds import fresh_a, orthonormal_a
 from pomona.settings import RunSettings
+from pomona.storage.opening import open_registry
 from pomona.storage.records import Submission
-from pomona.storage.registry import Registry, open_registry
+from pomona.storage.registry import Registry
 from pomona.strategies import BY_NAME as FACTS
 from pomona.wire import Factor, decode_update, decode_weights, encode_update, encode_weights
+
+pytestmark = pytest.mark.usefixtures("quick_polls")
 
 LABELS = ("animal", "food", "tool", "weather")
 RUN = "run-1"
@@ -47,14 +50,6 @@ RUN = "run-1"
 Tensors = dict[str, Tensor]
 Facts = dict[str, object]
 MakeProfile = Callable[..., Profile]
-
-
-@pytest.fixture(autouse=True)
-def _quick(flower_task: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    del flower_task
-    monkeypatch.delenv("POMONA_REGISTRY_URL", raising=False)
-    monkeypatch.setattr(replies, "_POLL_S", 0.01)
-    monkeypatch.setattr(federation, "_JOIN_POLL_S", 0.01)
 
 
 @pytest.fixture

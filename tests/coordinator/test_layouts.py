@@ -25,8 +25,9 @@ from pomona.base_model import base_model_sha256
 from pomona.coordinator import merged
 from pomona.coordinator.layouts import cut_back, export_version, vllm_rank
 from pomona.errors import BaseModelError, ConfigError, ExportMismatch
+from pomona.storage.opening import open_registry
 from pomona.storage.records import NewImport, Version
-from pomona.storage.registry import Registry, open_registry
+from pomona.storage.registry import Registry
 from pomona.wire import encode_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -13,8 +13,9 @@ from sqlalchemy.exc import OperationalError
 
 from pomona.coordinator.metrics import serve_metrics
 from pomona.errors import PortInUse
+from pomona.storage.opening import open_registry
 from pomona.storage.records import NewSubmission
-from pomona.storage.registry import Registry, open_registry
+from pomona.storage.registry import Registry
 
 SUBMISSION = NewSubmission(
     run_id="run-1",

@@ -14,11 +14,12 @@ from tests.invariants import Outside, Replay, broken_after_collection, broken_pr
 
 from pomona.coordinator.federation import run_federation
 from pomona.coordinator.recovery import only_coordinator, resumable_run
-from pomona.errors import AdapterNotFound, ConfigError, ProcessError, ServerGone
+from pomona.errors import AdapterNotFound, AlreadyCoordinated, ConfigError, ServerGone
 from pomona.failpoints import Place
 from pomona.settings import RunSettings
+from pomona.storage.opening import open_registry
 from pomona.storage.records import RunState
-from pomona.storage.registry import Registry, open_registry
+from pomona.storage.registry import Registry
 
 ROUNDS = 3
 CLIENTS = 3
@@ -195,7 +196,7 @@ def test_a_run_that_failed_can_be_resumed_and_one_that_finished_cannot(tmp_path:
 def test_a_run_has_one_coordinator(tmp_path: Path) -> None:
     with open_registry(tmp_path) as registry:
         with only_coordinator(registry, RUN):  # noqa: SIM117 - the second is the one that must not be had
-            with pytest.raises(ProcessError, match="by another process"), only_coordinator(registry, RUN):
+            with pytest.raises(AlreadyCoordinated, match="by another process"), only_coordinator(registry, RUN):
                 raise AssertionError
         with only_coordinator(registry, RUN):
             pass

@@ -11,7 +11,8 @@ from pomona.coordinator import launch
 from pomona.coordinator.server import Server, _only_server, find_server
 from pomona.errors import ProcessDied, ProcessError, RunFailed
 from pomona.processes import free_ports
-from pomona.storage.registry import Registry, open_registry
+from pomona.storage.opening import open_registry
+from pomona.storage.registry import Registry
 
 
 def _facts(home: Path) -> None:

@@ -11,8 +11,8 @@ from tests.invariants import Outside, Replay, broken_promises
 
 from pomona.processes import free_ports
 from pomona.settings import RunSettings
+from pomona.storage.opening import open_registry
 from pomona.storage.records import Submission
-from pomona.storage.registry import open_registry
 
 pytestmark = pytest.mark.timeout(400)
 

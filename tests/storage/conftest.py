@@ -11,8 +11,9 @@ from tests.postgresql import empty_tables, fresh_database, own_server
 
 from pomona.storage import schema
 from pomona.storage.engine import create_engine
+from pomona.storage.opening import open_registry
 from pomona.storage.records import NewSubmission, NewVersion, SubmissionStatus, Version
-from pomona.storage.registry import Registry, open_registry
+from pomona.storage.registry import Registry
 
 BASE = "b" * 64
 PAYLOAD = save({"lora_A.layer": np.ones((2, 3), np.float32), "lora_B.layer": np.ones((4, 2), np.float32)})

@@ -12,8 +12,9 @@ from tests.storage.filling import SQLITE_ONLY
 from pomona.errors import BlobWriteError, ConfigError, VersionConflict
 from pomona.storage import audit
 from pomona.storage.engine import writing
+from pomona.storage.opening import open_registry
 from pomona.storage.records import NewSubmission, NewVersion, Version
-from pomona.storage.registry import Registry, open_registry
+from pomona.storage.registry import Registry
 from pomona.storage.verification import verify
 
 Publish = Callable[..., Version]

@@ -16,8 +16,9 @@ from pomona.errors import BackupDamaged, BlobCorrupt, BlobWriteError, ConfigErro
 from pomona.storage.archive import MANIFEST
 from pomona.storage.backup import restore_backup, write_backup
 from pomona.storage.blobs import BlobStore
+from pomona.storage.opening import open_registry
 from pomona.storage.records import NewSubmission, Version
-from pomona.storage.registry import Registry, open_registry
+from pomona.storage.registry import Registry
 from pomona.storage.verification import verify
 
 Publish = Callable[..., Version]

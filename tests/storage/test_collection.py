@@ -11,8 +11,9 @@ import pytest
 from pomona.errors import BlobWriteError, ConfigError
 from pomona.storage.blobs import BlobStore
 from pomona.storage.collection import GRACE_S, collect_garbage
+from pomona.storage.opening import open_registry
 from pomona.storage.records import NewSubmission, Version
-from pomona.storage.registry import Registry, open_registry
+from pomona.storage.registry import Registry
 from pomona.storage.verification import verify
 
 Publish = Callable[..., Version]

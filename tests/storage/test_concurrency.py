@@ -14,8 +14,9 @@ from tests.storage.conftest import BASE, new_version
 
 from pomona.errors import AdapterNotFound, BlobWriteError, VersionConflict
 from pomona.storage import tables as t
+from pomona.storage.opening import open_registry
 from pomona.storage.records import NewImport, NewSubmission, Submission, Version
-from pomona.storage.registry import Registry, open_registry
+from pomona.storage.registry import Registry
 
 Submit = Callable[..., NewSubmission]
 Publish = Callable[..., Version]

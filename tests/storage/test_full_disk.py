@@ -19,7 +19,7 @@ from tests.storage.conftest import BASE, new_version
 
 from pomona.errors import BlobWriteError, RegistryUnavailable
 from pomona.storage.records import NewSubmission
-from pomona.storage.registry import open_registry
+from pomona.storage.opening import open_registry
 from pomona.storage.verification import verify
 
 disk = Path(sys.argv[1])

@@ -11,8 +11,9 @@ from alembic import command
 
 from pomona.errors import AdapterNotFound, ConfigError
 from pomona.storage.engine import create_engine
+from pomona.storage.opening import open_registry
 from pomona.storage.records import NewVersion, Version
-from pomona.storage.registry import Registry, open_registry
+from pomona.storage.registry import Registry
 from pomona.storage.schema import alembic_config
 
 Publish = Callable[..., Version]

@@ -20,7 +20,7 @@ from sqlalchemy.engine.interfaces import ReflectedIndex
 
 from pomona.errors import RegistryUnavailable, SchemaTooNew
 from pomona.storage.engine import create_engine
-from pomona.storage.registry import open_registry
+from pomona.storage.opening import open_registry
 from pomona.storage.schema import alembic_config
 from pomona.storage.tables import metadata
 

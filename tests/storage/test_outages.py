@@ -15,10 +15,11 @@ from sqlalchemy.pool import PoolProxiedConnection
 from tests.postgresql import Server, fresh_database, own_server
 
 from pomona.coordinator.recovery import only_coordinator
-from pomona.errors import ProcessError, RegistryUnavailable, VersionConflict
+from pomona.errors import AlreadyCoordinated, RegistryUnavailable, VersionConflict
 from pomona.storage import engine as engines
+from pomona.storage.opening import open_registry
 from pomona.storage.records import NewImport, NewSubmission, NewVersion
-from pomona.storage.registry import Registry, open_registry
+from pomona.storage.registry import Registry
 from pomona.storage.verification import verify
 
 BASE = "b" * 64
@@ -241,14 +242,28 @@ def test_two_machines_with_one_postgresql_do_not_coordinate_one_run(home: Path, 
     """A lock on a file would hold on one of them only."""
     with opened(home, url) as here, open_registry(tmp_path / "elsewhere", url=url) as there:
         with only_coordinator(here, "run-1"):
-            with pytest.raises(ProcessError, match="another process"), only_coordinator(there, "run-1"):
+            with pytest.raises(AlreadyCoordinated, match="another process"), only_coordinator(there, "run-1"):
                 pass
             with only_coordinator(there, "run-2"):
                 pass
-        with only_coordinator(there, "run-1"):
+        with only_coordinator(there, "run-1") as make_sure:
             cut_off(url)
-            with only_coordinator(here, "run-1", wait_s=5.0):
-                pass
+            with only_coordinator(here, "run-1", wait_s=5.0), pytest.raises(AlreadyCoordinated):
+                make_sure()
+
+
+def test_a_coordinator_takes_its_lock_again_when_the_connection_broke(home: Path, url: str, tmp_path: Path) -> None:
+    with (
+        opened(home, url) as here,
+        open_registry(tmp_path / "elsewhere", url=url) as there,
+        only_coordinator(here, "run-1") as make_sure,
+    ):
+        for _ in range(2):
+            make_sure()
+            cut_off(url)
+        make_sure()
+        with pytest.raises(AlreadyCoordinated), only_coordinator(there, "run-1"):
+            pass
 
 
 def test_a_locked_file_is_waited_for(home: Path, submission: Submit, monkeypatch: pytest.MonkeyPatch) -> None:

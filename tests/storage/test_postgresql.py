@@ -15,8 +15,9 @@ from pomona.errors import ConfigError, RegistryUnavailable, VersionConflict
 from pomona.storage.backup import write_backup
 from pomona.storage.collection import collect_garbage
 from pomona.storage.engine import create_engine
+from pomona.storage.opening import open_registry
 from pomona.storage.records import NewSubmission, NewVersion, Version
-from pomona.storage.registry import Registry, open_registry
+from pomona.storage.registry import Registry
 from pomona.storage.schema import alembic_config
 from pomona.storage.tables import metadata
 from pomona.storage.verification import verify

@@ -19,8 +19,9 @@ from tests.storage.filling import SQLITE_ONLY
 from pomona.errors import AdapterNotFound, BlobCorrupt, ConfigError, RegistryUnavailable, VersionConflict
 from pomona.storage import engine
 from pomona.storage.engine import reading, writing
+from pomona.storage.opening import default_home, open_registry
 from pomona.storage.records import NewSubmission, NewVersion, Version
-from pomona.storage.registry import Registry, default_home, open_registry
+from pomona.storage.registry import Registry
 
 Publish = Callable[..., Version]
 Submit = Callable[..., NewSubmission]
@@ -275,7 +276,7 @@ def test_a_folder_without_write_permission_can_be_read_and_not_written() -> None
         script = (
             "import ctypes, sys\nfrom pathlib import Path\n"
             "from pomona.errors import RegistryUnavailable\n"
-            "from pomona.storage.registry import open_registry\n"
+            "from pomona.storage.opening import open_registry\n"
             "if sys.platform == 'linux':  # root may do everything, unless it gives that up\n"
             "    none = (ctypes.c_uint32 * 6)()\n"
             "    ctypes.CDLL(None).capset((ctypes.c_uint32 * 2)(0x20080522, 0), none)\n"

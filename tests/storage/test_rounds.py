@@ -18,8 +18,9 @@ from pomona.errors import (
     RegistryError,
     VersionConflict,
 )
+from pomona.storage.opening import open_registry
 from pomona.storage.records import NewSubmission, NewVersion, Version
-from pomona.storage.registry import Registry, open_registry
+from pomona.storage.registry import Registry
 
 Submit = Callable[..., NewSubmission]
 Make = Callable[..., NewVersion]
@@ -148,7 +149,7 @@ def test_a_limit_on_file_sizes_publishes_nothing(registry: Registry, home: Path)
         "import resource, sys; from pathlib import Path\n"
         "from pomona.errors import BlobWriteError\n"
         "from pomona.storage.records import NewVersion\n"
-        "from pomona.storage.registry import open_registry\n"
+        "from pomona.storage.opening import open_registry\n"
         "new = NewVersion(run_id='run-1', round_number=1, adapter='demo', payload=bytes(4_000_000),\n"
         "                 base_sha256='b' * 64, rank=2, exactness='exact')\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))\n"

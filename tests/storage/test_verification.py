@@ -9,8 +9,9 @@ import pytest
 from tests.storage.filling import SQLITE_ONLY
 
 from pomona.storage import tables
+from pomona.storage.opening import open_registry
 from pomona.storage.records import NewVersion, Version
-from pomona.storage.registry import Registry, open_registry
+from pomona.storage.registry import Registry
 from pomona.storage.verification import Verification, verify
 
 Publish = Callable[..., Version]

@@ -19,7 +19,8 @@ def demo(
         from pomona.cli.progress import run_view  # noqa: PLC0415
         from pomona.coordinator.demo import run_demo  # noqa: PLC0415
         from pomona.processes import terminated_like_interrupted  # noqa: PLC0415
-        from pomona.storage.registry import RUN_PATIENCE_S, default_home, open_registry  # noqa: PLC0415
+        from pomona.storage.opening import default_home, open_registry  # noqa: PLC0415
+        from pomona.storage.retrying import RUN_PATIENCE_S  # noqa: PLC0415
 
         folder = home or default_home()
         with terminated_like_interrupted(), open_registry(folder, patience_s=RUN_PATIENCE_S) as registry:

@@ -47,7 +47,7 @@ def _version(distribution: str) -> str:
 
 
 def _registry() -> tuple[str, str]:
-    from pomona.storage.registry import default_home  # noqa: PLC0415
+    from pomona.storage.opening import default_home  # noqa: PLC0415
 
     home = default_home()
     return (str(home), "") if (home / "registry.db").exists() else (f"{home} (empty)", "pomona demo")

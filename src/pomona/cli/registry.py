@@ -179,7 +179,7 @@ def _show_moves(name: str, alias: str, *, home: Path | None, as_json: bool) -> N
 @contextmanager
 def opened(home: Path | None, *, as_json: bool, writes: bool = False) -> Iterator["Registry"]:
     """Open a registry for a command, read-only unless it writes; end with an error's exit code."""
-    from pomona.storage.registry import open_registry  # noqa: PLC0415
+    from pomona.storage.opening import open_registry  # noqa: PLC0415
 
     with exit_on_error(as_json=as_json), open_registry(home, read_only=not writes) as registry:
         yield registry

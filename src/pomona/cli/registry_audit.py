@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from pomona.storage.audit import AuditRecord
 
 _COLUMNS = ("record", "at", "actor", "event", "subject", "details")
-_START = "0" * 64
 
 
 def audit(
@@ -27,12 +26,14 @@ def audit(
     as_json: Json = False,
 ) -> None:
     """Show the log of all changes, and check that no record was changed, taken out or cut off."""
+    from pomona.storage.audit import START  # noqa: PLC0415 - imports SQLAlchemy
+
     with opened(home, as_json=as_json) as registry:
         records, broken = registry.audit(), registry.broken_audit()
     problems = [f"record {number} {found}" for number, found in broken]
-    if expect and expect not in {_START, *(record.sha256 for record in records)}:
+    if expect and expect not in {START, *(record.sha256 for record in records)}:
         problems.append(f"no record has the hash {expect}: the log was cut off or written anew after it was noted down")
-    head = records[-1].sha256 if records else _START
+    head = records[-1].sha256 if records else START
     damaged = RegistryDamaged(
         f"the audit log is not whole: {'; '.join(problems)}; do not trust what it says from there on, and compare with "
         "a backup"

@@ -82,7 +82,7 @@ def restore(
 ) -> None:
     """Make a new registry of a backup in a folder that is empty or not there, and verify it."""
     from pomona.storage.backup import open_restored, restore_backup  # noqa: PLC0415
-    from pomona.storage.registry import default_home  # noqa: PLC0415
+    from pomona.storage.opening import default_home  # noqa: PLC0415
     from pomona.storage.verification import verify as check  # noqa: PLC0415
 
     with exit_on_error(as_json=as_json):

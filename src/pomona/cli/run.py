@@ -30,7 +30,8 @@ def run(
         from pomona.coordinator.summary import summarise  # noqa: PLC0415
         from pomona.processes import terminated_like_interrupted  # noqa: PLC0415
         from pomona.run_file import load_settings  # noqa: PLC0415
-        from pomona.storage.registry import RUN_PATIENCE_S, default_home, open_registry  # noqa: PLC0415
+        from pomona.storage.opening import default_home, open_registry  # noqa: PLC0415
+        from pomona.storage.retrying import RUN_PATIENCE_S  # noqa: PLC0415
 
         settings = load_settings(file) if file else None
         folder = home or default_home()

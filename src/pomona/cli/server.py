@@ -44,7 +44,7 @@ def server(
         from pomona.coordinator.server import run_server, tls_or_insecure  # noqa: PLC0415
         from pomona.processes import Supervisor, terminated_like_interrupted  # noqa: PLC0415
         from pomona.run_file import load_settings  # noqa: PLC0415
-        from pomona.storage.registry import default_home, open_registry  # noqa: PLC0415
+        from pomona.storage.opening import default_home, open_registry  # noqa: PLC0415
 
         settings = load_settings(run) if run else None
         folder = home or default_home()

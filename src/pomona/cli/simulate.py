@@ -22,7 +22,8 @@ def simulate(
         from pomona.coordinator.summary import summarise  # noqa: PLC0415
         from pomona.processes import terminated_like_interrupted  # noqa: PLC0415
         from pomona.run_file import load_settings  # noqa: PLC0415
-        from pomona.storage.registry import RUN_PATIENCE_S, default_home, open_registry  # noqa: PLC0415
+        from pomona.storage.opening import default_home, open_registry  # noqa: PLC0415
+        from pomona.storage.retrying import RUN_PATIENCE_S  # noqa: PLC0415
 
         settings = load_settings(file)
         folder = home or default_home()
