@@ -1,5 +1,6 @@
 """What a version is made of, back to the first."""
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import sqlalchemy as sa
@@ -46,13 +47,8 @@ def _edges_below(connection: sa.Connection, version_id: int) -> Sequence[sa.Row[
 
 
 def _submissions_of(connection: sa.Connection, ancestors: Sequence[Version]) -> Mapping[int, Sequence[Submission]]:
-    by_round = {
-        run_id: submissions.of_run(connection, run_id, None)
-        for run_id in {version.run_id for version in ancestors if version.run_id is not None}
-    }
-    return {
-        version.id: tuple(
-            item for item in by_round.get(version.run_id or "", ()) if item.round_number == version.round_number
-        )
-        for version in ancestors
-    }
+    by_round = defaultdict[tuple[str, int], list[Submission]](list)
+    for run_id in sorted({version.run_id for version in ancestors if version.run_id is not None}):
+        for item in submissions.of_run(connection, run_id, None):
+            by_round[run_id, item.round_number].append(item)
+    return {version.id: tuple(by_round[version.run_id or "", version.round_number or 0]) for version in ancestors}

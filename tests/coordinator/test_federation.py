@@ -1040,9 +1040,12 @@ def test_the_untampered_update_of_the_same_client_counts(
     assert [each.weight for each in registry.submissions(RUN)] == [0.5, 0.5]
 
 
-@pytest.mark.parametrize("disguise", ["the same bytes", "under the new round", "with a new loss"])
+@pytest.mark.parametrize(
+    ("disguise", "reason"),
+    [("the same bytes", "stale"), ("under the new round", "nonce"), ("with a new loss", "nonce")],
+)
 def test_an_update_that_was_counted_does_not_count_again(
-    registry: Registry, make_settings: MakeSettings, make_profile: MakeProfile, disguise: str
+    registry: Registry, make_settings: MakeSettings, make_profile: MakeProfile, disguise: str, reason: str
 ) -> None:
     """A client could put its weight in twice, or a message delivered twice would."""
     kept: list[bytes] = []
@@ -1062,7 +1065,7 @@ def test_an_update_that_was_counted_does_not_count_again(
     statuses = [by_client(registry, number)["client-1"].status for number in (1, 2, 3)]
     assert statuses == ["accepted", "rejected", "rejected"]
     for number in (2, 3):
-        assert by_client(registry, number)["client-1"].reason == "a second copy of an update that has been counted"
+        assert reason in by_client(registry, number)["client-1"].reason
         assert by_client(registry, number)["client-0"].weight == 1.0
 
 
