@@ -30,20 +30,21 @@ def _rule(rooms: str, never: str, only: str | None = None) -> Rule:
 
 
 RECORDS = {
-    "adapters", "aggregation_settings", "errors", "settings", "manifest", "protocol", "payload", "ranks", "seeds",
-    "strategies",
+    "adapters", "aggregation_settings", "errors", "privacy_settings", "settings", "manifest", "protocol", "payload",
+    "ranks", "seeds", "strategies",
 }  # fmt: skip
 ROOMS = {
     "aggregation": _rule("records spine kernels", "flwr sqlalchemy ray peft opacus"),
-    "client": _rule("records spine kernels", "sqlalchemy alembic ray"),
-    "coordinator": _rule("records spine kernels aggregation client storage", ""),
+    "client": _rule("records spine kernels privacy", "sqlalchemy alembic ray"),
+    "coordinator": _rule("records spine kernels aggregation client privacy storage", ""),
+    "privacy": _rule("records spine kernels", "flwr sqlalchemy ray"),
     "kernels": _rule("records spine", "flwr sqlalchemy ray peft", only="torch triton"),
     "storage": _rule("records spine", "torch flwr ray peft transformers"),
 }
 RULES = ROOMS | {
     "records": _rule("records", "flwr sqlalchemy ray peft", only="pydantic pydantic_core torch"),
     "spine": _rule("records spine kernels", "sqlalchemy alembic ray"),
-    "cli": _rule("records spine client coordinator storage", "", only="typer rich"),
+    "cli": _rule("records spine client coordinator privacy storage", "", only="typer rich"),
 }
 MAY_START_CLIENTS = {"pomona.coordinator.demo", "pomona.coordinator.simulate"}
 TRAINS_ITSELF = "pomona.coordinator.trusted"

@@ -17,6 +17,7 @@ from pydantic import (
 )
 
 from pomona.aggregation_settings import AggregationSettings, DefenceSettings, Fraction, Section, changed
+from pomona.privacy_settings import PrivacySettings
 from pomona.ranks import RankPattern, layer_rank
 from pomona.strategies import ADDING
 
@@ -191,7 +192,8 @@ class RunSettings(Section):
         name: The adapter in the registry that the run publishes versions of.
         task: ``classification`` trains a head beside the adapter, ``causal-lm`` trains the adapter alone.
         rounds: Number of rounds.
-        seed: Of everything random: cohorts, fresh adapters, initial head, batches.
+        seed: Of everything random: cohorts, fresh adapters, initial head, batches. Noise for privacy has no seed.
+        privacy: What is promised to whom; None: nothing.
     """
 
     name: AdapterName
@@ -204,6 +206,7 @@ class RunSettings(Section):
     training: TrainingSettings = TrainingSettings()
     aggregation: AggregationSettings = AggregationSettings()
     defence: DefenceSettings = DefenceSettings()
+    privacy: PrivacySettings | None = None
     simulation: SimulationSettings = SimulationSettings()
 
     @model_validator(mode="after")

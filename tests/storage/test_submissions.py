@@ -9,6 +9,7 @@ import sqlalchemy as sa
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import event
+from sqlalchemy.exc import IntegrityError
 from tests.storage.conftest import BASE
 
 from pomona.errors import VersionConflict
@@ -137,7 +138,7 @@ def test_what_is_in_quarantine_does_not_come_back_under_its_nonce(
     registry.open_round("run-1", 2, parent="demo/1", cohort=["anna", "bert"])
     with pytest.raises(VersionConflict, match="nonce of 'bert'"):
         registry.record_submission(_update("run-1", "bert", 2, "of-bert", b"y", "accepted"))
-    with registry._engine.begin() as connection, pytest.raises(sa.exc.IntegrityError):
+    with registry._engine.begin() as connection, pytest.raises(IntegrityError):
         connection.execute(
             sa.insert(t.submission),
             submissions._row(_update("run-1", "bert", 2, "of-bert", b"y", "accepted"), "0" * 64),

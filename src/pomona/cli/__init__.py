@@ -9,6 +9,7 @@ from pomona.cli import (
     demo,
     doctor,
     join,
+    privacy,
     registry,
     registry_audit,
     registry_care,
@@ -47,6 +48,7 @@ registry.app.command("restore")(registry_care.restore)
 registry.app.command("search")(registry_search.search)
 registry.app.command("metrics")(registry_search.metrics)
 app.add_typer(registry.app)
+app.add_typer(privacy.app)
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,0 +1,1 @@
+"""Differential privacy: one plan, its mechanism, and the account of what was spent."""

@@ -1,0 +1,89 @@
+"""Combinations that would not keep their promise: each is refused with the reason and with what is sound instead."""
+
+from collections.abc import Callable
+
+from pomona.errors import ConfigError
+from pomona.settings import RunSettings
+from pomona.strategies import BY_NAME
+
+Rule = Callable[[RunSettings], str]
+
+
+def check(settings: RunSettings) -> None:
+    """Refuse what cannot be promised.
+
+    Raises:
+        ConfigError: With the first reason.
+    """
+    for rule in RULES:
+        if reason := rule(settings):
+            raise ConfigError(f"privacy: {reason}")
+
+
+def _stacking(settings: RunSettings) -> str:
+    name = settings.aggregation.strategy
+    if not _is_central(settings) or name in {"fedit", "ffa", "ffa-nested"}:
+        return ""
+    if name in {"flora", "flora-bounded", "fedex"}:
+        return (
+            f"{name} keeps every client's factors in a block of their own, so noise would have to go on every block "
+            "and hide each client as if it were alone; choose strategy='ffa-nested', which equals the stack and is a "
+            "sum"
+        )
+    if not BY_NAME[name].client_dp:
+        return (
+            f"{name} is no plain sum of what clients send, so no bound on one client's share of it is known; choose "
+            "strategy='ffa-nested' for unequal ranks, 'fedit' with privacy.ranks for DP-DyLoRA"
+        )
+    return f"{name} is not among the mechanisms; choose 'fedit', 'ffa' or 'ffa-nested'"
+
+
+def _robust(settings: RunSettings) -> str:
+    if not _is_central(settings) or settings.defence.kind == "none":
+        return ""
+    return (
+        f"defence {settings.defence.kind} weighs a client by what others sent, which no bound on its own share covers; "
+        "leave it out: the clipping bound limits every client"
+    )
+
+
+def _rank_of_clients(settings: RunSettings) -> str:
+    wanted = settings.privacy
+    if wanted is None or wanted.ranks is None:
+        return ""
+    if settings.aggregation.strategy != "fedit":
+        return (
+            f"privacy.ranks draws one rank for all clients of a round, which is DP-DyLoRA on strategy='fedit'; got "
+            f"strategy={settings.aggregation.strategy!r}"
+        )
+    if wanted.ranks[1] != settings.aggregation.rank:
+        return (
+            f"privacy.ranks={list(wanted.ranks)} should end at the rank of the global adapter, "
+            f"aggregation.rank={settings.aggregation.rank}"
+        )
+    return ""
+
+
+def _cohort(settings: RunSettings) -> str:
+    if not _is_central(settings) or (settings.cohort.fraction is None and settings.cohort.size is None):
+        return ""
+    return (
+        "cohort.fraction and cohort.size draw a fixed number of the clients that happen to be connected, and the "
+        "account is for independent coins over all that are enrolled; leave them out and give privacy.sample_rate"
+    )
+
+
+def _replies(settings: RunSettings) -> str:
+    if not _is_central(settings) or settings.cohort.min_replies == 1:
+        return ""
+    return (
+        "cohort.min_replies lets a round end by how many answered, which tells who did without noise; leave it out: a "
+        "round under privacy.unit='client' always releases"
+    )
+
+
+def _is_central(settings: RunSettings) -> bool:
+    return settings.privacy is not None and settings.privacy.unit == "client"
+
+
+RULES: tuple[Rule, ...] = (_stacking, _robust, _rank_of_clients, _cohort, _replies)

@@ -1,0 +1,91 @@
+"""``pomona privacy plan``: what a run would promise, what it would cost, and whether anything would be learned."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pomona.cli.options import Json
+from pomona.cli.output import console, exit_on_error, print_json, print_table
+
+if TYPE_CHECKING:
+    from pomona.privacy.plan import PrivacyPlan
+
+app = typer.Typer(name="privacy", help="Plan what a run promises about privacy.", no_args_is_help=True)
+
+_SHOWN_ROUNDS = 8
+
+
+@app.command("plan")
+def plan(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="A run file with a section [privacy].")],
+    *,
+    as_json: Json = False,
+) -> None:
+    """Show what the rounds of a run cost, the noise they need, and how that compares with what clients can say."""
+    with exit_on_error(as_json=as_json):
+        from pomona.coordinator.dimensions import trained_dimensions  # noqa: PLC0415 - imports torch
+        from pomona.privacy.plan import plan_of  # noqa: PLC0415
+        from pomona.run_file import load_settings  # noqa: PLC0415
+
+        settings = load_settings(path)
+        planned = plan_of(settings)
+        facts = _facts(planned, trained_dimensions(settings))
+        if as_json:
+            print_json(facts)
+            return
+        _show(planned, facts)
+
+
+def _facts(planned: "PrivacyPlan", dimensions: int) -> dict[str, object]:
+    ratio = planned.noise_to_signal(dimensions)
+    return {
+        **planned.model_dump(mode="json"),
+        "plan_sha256": planned.sha256,
+        "epsilon": planned.epsilon_after(planned.rounds),
+        "epsilon_by_round": {number: planned.epsilon_after(number) for number in _some(planned.rounds)},
+        "epsilon_without_sampling": planned.epsilon_without_sampling,
+        "dimensions": dimensions,
+        "feasibility": ratio,
+        "feasible": ratio <= 1.0,
+        "advice": _advice(planned, dimensions),
+    }
+
+
+def _some(rounds: int) -> list[int]:
+    """Return about eight rounds, the first and the last among them."""
+    step = max(1, rounds // (_SHOWN_ROUNDS - 1))
+    return sorted({1, *range(step, rounds + 1, step), rounds})
+
+
+def _advice(planned: "PrivacyPlan", dimensions: int) -> str:
+    if (ratio := planned.noise_to_signal(dimensions)) <= 1.0:
+        return ""
+    return (
+        f"the noise on the mean is {ratio:.3g} times as long as the longest update, so little will be learned: ask "
+        f"{ratio:.3g} times as many clients a round, train {ratio**2:.3g} times fewer numbers (a lower rank, "
+        "ffa-nested, fewer target_modules), allow a larger epsilon, or protect single records with unit='example'"
+    )
+
+
+def _show(planned: "PrivacyPlan", facts: dict[str, object]) -> None:
+    ranks = f", ranks {planned.ranks[0]} to {planned.ranks[1]}" if planned.ranks else ""
+    rows = [
+        ("hidden", f"whether one {planned.unit} of {planned.population_size:,} in {planned.population} took part"),
+        ("mechanism", planned.mechanism + ranks),
+        ("promise", f"epsilon {facts['epsilon']:.4g} at delta {planned.delta:g} after {planned.rounds} rounds"),
+        ("budget", f"epsilon {planned.budget:g}, of all runs on {planned.population}"),
+        ("without secret cohorts", f"epsilon {facts['epsilon_without_sampling']:.4g}"),
+        ("account", f"{planned.accountant} of {planned.library}, {planned.adjacency}"),
+        ("sampling", f"each client with probability {planned.sample_rate:g}, about {planned.divisor:g} a round"),
+        ("clip", f"{planned.clip:g}" + (", then adapting" if planned.count_noise else "")),
+        ("noise multiplier", f"{planned.noise_multiplier:.4g}"),
+        ("noise / longest update", f"{facts['feasibility']:.3g} over {facts['dimensions']:,} trained numbers"),
+        ("plan", planned.sha256),
+    ]
+    print_table(("", ""), rows, title="Privacy plan")
+    by_round = facts["epsilon_by_round"]
+    assert isinstance(by_round, dict)
+    print_table(("after round", "epsilon"), [(number, f"{value:.4g}") for number, value in by_round.items()])
+    if facts["advice"]:
+        console().print(f"[yellow]Hopeless as it is:[/] {facts['advice']}.")

@@ -1,0 +1,84 @@
+"""What a run promises about privacy, as a run file says it."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from pomona.aggregation_settings import Fraction, Section, changed
+
+Rank = Annotated[int, Field(ge=1, le=4096)]
+
+
+class AdaptiveClipSettings(Section):
+    """A clipping bound that follows the clients' norms.
+
+    Attributes:
+        quantile: Share of clients whose norm should be below the bound.
+        learning_rate: How fast the bound moves.
+        count_noise: Standard deviation of the noise on how many are below it, in clients; None: a twentieth of the
+            expected cohort.
+    """
+
+    quantile: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    learning_rate: PositiveFloat = 0.2
+    count_noise: PositiveFloat | None = None
+
+
+class PrivacySettings(Section):
+    """Differential privacy of a run.
+
+    Attributes:
+        unit: Whose presence is hidden: ``client`` all that a client has, by noise on the sum at the coordinator;
+            ``example`` one record of a client, by noise in its training; ``local`` all that a client has, by noise that
+            the client itself puts on what it sends.
+        population: Name of the enrolled clients whose budget this run draws on; runs that ask the same people share it.
+        population_size: How many are enrolled, for ``client``: fixed and public.
+        epsilon: What the population may spend in all, by all runs together.
+        delta: Below 1 over the population's size.
+        noise_multiplier: Standard deviation of the noise over ``clip``; None: the least with which this run's rounds
+            fit into ``epsilon``.
+        clip: Bound on the norm of what one client (or one example) contributes, over all layers and the head.
+        sample_rate: Probability with which each enrolled client is asked in a round, for ``client``; of each example in
+            a step, for ``example``.
+        ranks: ``[least, most]``: each round trains one rank drawn between them, for ``fedit`` under ``client``.
+        accountant: ``prv`` for runs whose every release is fixed beforehand, ``rdp`` for those that adapt.
+        adaptive_clip: Let the bound follow the norms, for ``client``.
+        cohort_secret: Nobody but the coordinator learns who was asked; without that sampling hides nobody, and none is
+            claimed.
+    """
+
+    unit: Literal["client", "example", "local"]
+    population: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+    population_size: PositiveInt | None = None
+    epsilon: PositiveFloat
+    delta: Annotated[float, Field(gt=0, lt=1)]
+    noise_multiplier: PositiveFloat | None = None
+    clip: PositiveFloat = 1.0
+    sample_rate: Fraction = 1.0
+    ranks: tuple[Rank, Rank] | None = None
+    accountant: Literal["prv", "rdp"] = "prv"
+    adaptive_clip: AdaptiveClipSettings | None = None
+    cohort_secret: bool = True
+
+    @model_validator(mode="after")
+    def _unit_has_them(self) -> Self:
+        if (self.unit == "client") != (self.population_size is not None):
+            raise ValueError(
+                "privacy.population_size goes with unit='client' and with no other; "
+                f"got unit={self.unit!r} and population_size={self.population_size}"
+            )
+        given = {name for name in ("ranks", "adaptive_clip", "cohort_secret") if changed(self, name)}
+        if self.unit != "client" and given:
+            raise ValueError(f"privacy.{min(given)} goes with unit='client', got unit={self.unit!r}")
+        if self.ranks is not None and self.ranks[0] > self.ranks[1]:
+            raise ValueError(f"expected privacy.ranks as [least, most], got {list(self.ranks)}")
+        return self
+
+    @model_validator(mode="after")
+    def _delta_is_small(self) -> Self:
+        if self.population_size is not None and self.delta >= 1.0 / self.population_size:
+            raise ValueError(
+                f"privacy.delta={self.delta} lets the data of one client in {self.population_size} be published whole; "
+                f"choose it below {1.0 / self.population_size:g}"
+            )
+        return self

@@ -1,0 +1,73 @@
+"""``pomona privacy plan``, and that a run does not pretend to keep what it cannot."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from pomona.cli import app
+from pomona.coordinator.beginning import begin_run
+from pomona.errors import ConfigError
+from pomona.run_file import load_settings
+from pomona.storage.opening import open_registry
+
+RUN = """
+name = "private"
+rounds = 20
+model = {{ base = "{model}", max_length = 16 }}
+data = {{ source = "{data}" }}
+aggregation = {{ strategy = "fedit", rank = 4 }}
+
+[privacy]
+unit = "client"
+population = "phones"
+population_size = {size}
+epsilon = 8.0
+delta = 1e-6
+sample_rate = 0.05
+ranks = [1, 4]
+accountant = "rdp"
+"""
+
+
+@pytest.fixture
+def file(tiny_bert: Path, toy_data: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "private.toml"
+    path.write_text(RUN.format(model=tiny_bert, data=toy_data, size=100_000))
+    return path
+
+
+def test_a_plan_is_told_to_machines(file: Path) -> None:
+    told = CliRunner().invoke(app, ["privacy", "plan", str(file), "--json"])
+    assert told.exit_code == 0, told.output
+    facts = json.loads(told.stdout)
+    assert (facts["unit"], facts["mechanism"], facts["rounds"]) == ("client", "dp-dylora", 20)
+    assert (facts["delta"], facts["sample_rate"], facts["accountant"]) == (1e-6, 0.05, "rdp")
+    assert 7.9 < facts["epsilon"] <= 8.0
+    assert facts["epsilon_by_round"]["20"] == facts["epsilon"]
+    assert facts["feasible"] is (facts["feasibility"] <= 1.0) is True
+    assert facts["noise_multiplier"] > 0
+
+
+def test_a_plan_is_told_to_people_with_what_to_do_about_a_hopeless_one(file: Path) -> None:
+    assert "Hopeless" not in CliRunner().invoke(app, ["privacy", "plan", str(file)]).stdout
+    file.write_text(file.read_text().replace("100000", "1000").replace("epsilon = 8.0", "epsilon = 0.5"))
+    told = CliRunner().invoke(app, ["privacy", "plan", str(file)])
+    assert told.exit_code == 0, told.output
+    assert "Hopeless as it is" in told.stdout
+    assert "times as many clients" in told.stdout.replace("\n", " ")
+
+
+def test_what_cannot_be_promised_has_the_exit_code_of_settings(file: Path) -> None:
+    file.write_text(file.read_text().replace('strategy = "fedit", rank = 4', 'strategy = "flora-bounded"'))
+    told = CliRunner().invoke(app, ["privacy", "plan", str(file)])
+    assert told.exit_code == 3
+    assert "ffa-nested" in told.stderr
+
+
+def test_a_run_does_not_begin_under_a_promise_that_it_would_not_keep(file: Path, tmp_path: Path) -> None:
+    with open_registry(tmp_path / "registry") as registry:
+        with pytest.raises(ConfigError, match="does not run under it yet"):
+            begin_run(registry, load_settings(file), run_id="run-1")
+        assert registry.runs() == []

@@ -1,0 +1,154 @@
+"""A plan holds everything together; what it cannot promise it refuses, and says what would be sound."""
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from pomona.coordinator.dimensions import dimensions_of
+from pomona.errors import ConfigError
+from pomona.manifest import AdapterManifest
+from pomona.privacy.accounting import Event, epsilon
+from pomona.privacy.plan import PrivacyPlan, plan_of
+from pomona.settings import RunSettings
+
+CLIENT = {
+    "unit": "client",
+    "population": "phones",
+    "population_size": 10_000,
+    "epsilon": 4.0,
+    "delta": 1e-5,
+    "sample_rate": 0.02,
+    "accountant": "rdp",
+}
+FEDIT = {"strategy": "fedit", "rank": 8}
+
+
+def run(privacy: dict[str, Any] | None = None, **sections: object) -> RunSettings:
+    facts: dict[str, Any] = {"name": "private", "rounds": 50, "aggregation": FEDIT, "privacy": CLIENT | (privacy or {})}
+    return RunSettings.model_validate(facts | sections)
+
+
+def test_a_plan_spends_the_budget_and_hardly_less() -> None:
+    plan = plan_of(run())
+    assert 0.98 * 4.0 < plan.epsilon_after(50) <= 4.0
+    assert plan.divisor == 200.0
+    assert plan.event(50) == Event(noise_multiplier=plan.noise_multiplier, sample_rate=0.02, count=50)
+
+
+def test_epsilon_grows_round_by_round_to_what_is_promised() -> None:
+    plan = plan_of(run())
+    spent = [plan.epsilon_after(rounds) for rounds in (0, 1, 10, 50)]
+    assert spent[0] == 0.0
+    assert spent == sorted(set(spent))
+    assert spent[-1] == epsilon([plan.event(50)], delta=1e-5, accountant="rdp")
+
+
+def test_rank_and_dimensions_cost_nothing() -> None:
+    """Noise is on a sum of clipped vectors, however long they are; only what is learned depends on it."""
+    fixed, dynamic = plan_of(run()), plan_of(run({"ranks": (1, 8)}))
+    assert (fixed.mechanism, dynamic.mechanism) == ("dp-lora", "dp-dylora")
+    assert fixed.noise_multiplier == dynamic.noise_multiplier
+    assert fixed.sha256 != dynamic.sha256
+
+
+@pytest.mark.parametrize(
+    ("strategy", "mechanism"), [("fedit", "dp-lora"), ("ffa", "ffa"), ("ffa-nested", "ffa-nested")]
+)
+def test_each_sum_has_its_mechanism(strategy: str, mechanism: str) -> None:
+    rank = {} if strategy == "ffa-nested" else {"rank": 8}
+    assert plan_of(run(aggregation={"strategy": strategy, **rank})).mechanism == mechanism
+
+
+def test_a_cohort_that_others_see_is_not_amplified() -> None:
+    open_, secret = plan_of(run({"cohort_secret": False})), plan_of(run())
+    assert (open_.amplified, secret.amplified) == (False, True)
+    assert open_.noise_multiplier > 5 * secret.noise_multiplier
+    assert open_.epsilon_without_sampling == pytest.approx(open_.epsilon_after(50), rel=0.2)
+    assert secret.epsilon_without_sampling > 10 * secret.epsilon_after(50)
+
+
+def test_adapting_the_bound_has_its_price() -> None:
+    plan = plan_of(run({"adaptive_clip": {}}))
+    assert plan.count_noise == 10.0
+    assert plan.update_noise_multiplier > plan.noise_multiplier == plan_of(run()).noise_multiplier
+    assert plan.update_noise_multiplier**-2 + (2 * plan.count_noise) ** -2 == pytest.approx(plan.noise_multiplier**-2)
+
+
+def test_the_hash_is_of_everything_and_of_nothing_else() -> None:
+    plan = plan_of(run())
+    assert plan.sha256 == PrivacyPlan.model_validate_json(plan.model_dump_json()).sha256
+    for change in ({"clip": 2.0}, {"delta": 1e-6}, {"population": "others"}, {"sample_rate": 0.01}):
+        assert plan_of(run(change)).sha256 != plan.sha256
+
+
+def test_the_noise_against_the_signal_is_what_the_note_says() -> None:
+    """sigma sqrt(d) / (q N); above 1 nothing can be learned."""
+    plan = plan_of(run({"noise_multiplier": 1.0, "epsilon": 1000.0}))
+    assert plan.noise_to_signal(40_000) == pytest.approx(1.0)
+
+
+def test_dimensions_count_what_is_trained() -> None:
+    manifest = AdapterManifest(base_sha256="0" * 64, layers={"q": (30, 20), "v": (10, 20)}, heads={"head.bias": (3, 4)})
+    assert dimensions_of(run(), manifest) == 8 * (50 + 30) + 12
+    assert dimensions_of(run(aggregation={"strategy": "ffa", "rank": 8}), manifest) == 8 * (30 + 10) + 12
+    assert dimensions_of(run(aggregation={"strategy": "ffa-nested", "max_rank": 16}), manifest) == 16 * 40 + 12
+
+
+def test_a_run_that_would_cost_more_than_its_budget_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"cost epsilon .* more than privacy.epsilon=4"):
+        plan_of(run({"noise_multiplier": 0.3}))
+
+
+def test_without_the_section_nothing_is_promised() -> None:
+    with pytest.raises(ConfigError, match=r"expected a section \[privacy\]"):
+        plan_of(RunSettings(name="plain"))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason", "alternative"),
+    [
+        ({"aggregation": {"strategy": "flora-bounded"}}, "a block of their own", "ffa-nested"),
+        ({"aggregation": {"strategy": "flora"}}, "a block of their own", "ffa-nested"),
+        ({"aggregation": {"strategy": "fedex", "rank": 8}}, "a block of their own", "ffa-nested"),
+        ({"aggregation": {"strategy": "hetlora"}}, "no plain sum", "fedit"),
+        ({"aggregation": {"strategy": "flexlora"}}, "no plain sum", "fedit"),
+        ({"aggregation": {"strategy": "rolora", "rank": 8}}, "not among the mechanisms", "fedit"),
+        ({"aggregation": {"strategy": "ffa-nested"}, "defence": {"kind": "norm-bounding"}}, "what others sent", "clip"),
+        ({"cohort": {"fraction": 0.1}}, "a fixed number", "sample_rate"),
+        ({"cohort": {"size": 10}}, "a fixed number", "sample_rate"),
+        ({"cohort": {"min_replies": 3}}, "by how many answered", "always releases"),
+    ],
+)
+def test_what_is_unsound_is_refused_with_what_is_sound(change: dict[str, Any], reason: str, alternative: str) -> None:
+    with pytest.raises(ConfigError, match=reason) as caught:
+        plan_of(run(**change))
+    assert alternative in str(caught.value)
+
+
+def test_ranks_are_drawn_for_all_clients_of_one_strategy() -> None:
+    with pytest.raises(ConfigError, match="DP-DyLoRA on strategy='fedit'"):
+        plan_of(run({"ranks": (1, 8)}, aggregation={"strategy": "ffa", "rank": 8}))
+    with pytest.raises(ConfigError, match="end at the rank"):
+        plan_of(run({"ranks": (1, 4)}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"delta": 1e-4}, "published whole"),
+        ({"population_size": None}, "population_size goes with"),
+        ({"unit": "example"}, "population_size goes with"),
+        ({"unit": "example", "population_size": None, "ranks": (1, 8)}, "ranks goes with unit='client'"),
+        ({"ranks": (8, 1)}, "least, most"),
+        ({"noise_multiplier": 0.0}, "greater than 0"),
+        ({"epsilon": -1.0}, "greater than 0"),
+        ({"sample_rate": 0.0}, "greater than 0"),
+        ({"accountant": "gdp"}, "'prv' or 'rdp'"),
+        ({"seed": 1}, "Extra inputs"),
+        ({"population": "a b"}, "pattern"),
+    ],
+)
+def test_settings_that_contradict_themselves_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        run(change)
