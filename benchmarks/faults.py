@@ -77,11 +77,11 @@ class Federation:
         self.fleet = f"127.0.0.1:{free_ports(1)[0]}"
         self.proxy = FaultProxy(self.fleet)
 
-    def start_server(self) -> None:
+    def start_server(self, *options: str) -> None:
         """Start the server, or start it again, and wait until it listens."""
         before = len(self.log("server"))
         port = self.fleet.rsplit(":", 1)[1]
-        self._start("server", "server", "--home", str(self.home), "--port", port, "--insecure")
+        self._start("server", "server", "--home", str(self.home), "--port", port, "--insecure", *options)
         self.wait(lambda: "listening on" in self.log("server")[before:], "the server")
 
     def join(self, name: str, *, part: int, rank: int = 4) -> None:
@@ -257,14 +257,33 @@ def late_joiner(made: Federation) -> dict[str, Any]:
 def killed_superlink(made: Federation) -> dict[str, Any]:
     """Flower's SuperLink alone is killed in the second round; the server ends and says so, and is started again."""
     made.wait_for_round(2)
+    code = _kill_superlink(made)
+    made.start_server()
+    made.wait_for_end()
+    return {"server_said_so": code == 22, "went_on": "going on with run" in made.log("server")}
+
+
+def forgetful_superlink(made: Federation) -> dict[str, Any]:
+    """A server whose SuperLink keeps its state in memory is killed and started again: it knows no client any more."""
+    made.wait_for_round(1)
+    _kill_superlink(made)
+    made.start_server("--superlink-state", "memory")
+    made.wait_for_round(3)
+    _kill_superlink(made)
+    made.start_server("--superlink-state", "memory")
+    made.wait_for_end()
+    _kill_superlink(made)
+    made.start_server()
+    return {}
+
+
+def _kill_superlink(made: Federation) -> int | None:
     (superlink, *_) = made.children("server", "flower-superlink")
     superlink.kill()
     made.wait(lambda: made.supervisor.ended("server") is not None, "the end of the server")
     code = made.supervisor.ended("server")
     made.supervisor.forget("server")
-    made.start_server()
-    made.wait_for_end()
-    return {"server_said_so": code == 22, "went_on": "going on with run" in made.log("server")}
+    return code
 
 
 def stopped_superlink(made: Federation) -> dict[str, Any]:
@@ -284,7 +303,7 @@ def two_coordinators(made: Federation) -> dict[str, Any]:
     server = made.refused("server", "--home", str(made.home), "--port", "0", "--insecure")
     resumed = made.refused("run", "--resume", "latest", "--home", str(made.home))
     made.wait_for_end()
-    return {"server": server[0] == 20 and "already" in server[1], "run": resumed[0] == 20 and "another" in resumed[1]}
+    return {"server": server[0] == 20 and "already" in server[1], "run": resumed[0] == 24 and "another" in resumed[1]}
 
 
 def _wait_for_upload(made: Federation) -> None:
@@ -302,6 +321,7 @@ SCENARIOS: Mapping[str, tuple[Fault, int, float]] = {  # rounds, deadline in sec
     "two_coordinators": (two_coordinators, 4, 300.0),
     "stopped_superlink": (stopped_superlink, 3, 300.0),
     "killed_superlink": (killed_superlink, 4, 300.0),
+    "forgetful_superlink": (forgetful_superlink, 5, 300.0),
     "killed_in_training": (killed_in_training, 2, 60.0),
     "killed_in_upload": (killed_in_upload, 2, 90.0),
     "late_joiner": (late_joiner, 12, 60.0),

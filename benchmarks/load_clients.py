@@ -48,6 +48,7 @@ from flwr.supercore.interceptors import RuntimeVersionClientInterceptor
 from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
 from load_making import Answerer, Shapes, answerer, client_names, random_weights, silent_in
 
+from pomona import messages
 from pomona.messages import pack, unpack
 from pomona.processes import die_with_parent
 
@@ -71,6 +72,7 @@ class Spec:
         shapes: Of updates, as JSON.
         log: Where pushed updates are written down.
         silent: Three in ten do not answer a round.
+        objects: A payload is sent as Flower's arrays, in objects of its own, and not within the record of facts.
     """
 
     address: str
@@ -84,6 +86,7 @@ class Spec:
     shapes: str
     log: str
     silent: bool = True
+    objects: bool = False
 
 
 class LightClient:
@@ -250,4 +253,7 @@ class Clients:
 
 if __name__ == "__main__":
     die_with_parent()
-    Clients(Spec(**json.loads(sys.argv[1]))).run()
+    spec = Spec(**json.loads(sys.argv[1]))
+    if spec.objects:
+        messages._INLINE_BYTES = 0
+    Clients(spec).run()

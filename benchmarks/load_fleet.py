@@ -67,6 +67,7 @@ class Case:
         poll_s: Seconds between two questions of a client for work; a SuperNode's are 3.
         database: Of the SuperLink, ``file`` or ``memory``.
         silent: Three in ten do not answer a round.
+        objects: Clients send their payload in objects of its own, as they did before small ones travelled in the facts.
         source: Another copy of this repository, whose server is run; empty: this one.
         limit_s: Give up after this.
     """
@@ -77,6 +78,7 @@ class Case:
     poll_s: float = 3.0
     database: str = "file"
     silent: bool = True
+    objects: bool = False
     source: str = ""
     limit_s: float = 600.0
 
@@ -136,6 +138,7 @@ class Fleet(Federation):
                 shapes=shapes,
                 log=str(log),
                 silent=self.case.silent,
+                objects=self.case.objects,
             )
             command = [sys.executable, str(HERE / "load_clients.py"), json.dumps(asdict(spec))]
             self.pids[f"clients-{number}"] = self.supervisor.start(f"clients-{number}", command, env=self._env)
@@ -148,7 +151,7 @@ class Fleet(Federation):
             model=self.model,
             data=self.data,
             clients=case.clients,
-            join_s=case.limit_s / 2,
+            join_s=case.limit_s,
             deadline_s=case.deadline_s,
         )
         path.write_text(text)
@@ -227,10 +230,11 @@ def _follow(made: Fleet, began: float, show: Callable[[str], None], profile: Pat
 
 
 def _profiler(made: Fleet, out: Path) -> subprocess.Popen[bytes]:
-    """Let py-spy look into the SuperLink until it is interrupted."""
+    """Let py-spy look into the SuperLink until it is interrupted, without holding it up."""
     pid = str(made.parts()["superlink"][0].pid)
     command = [os.environ.get("PY_SPY", "py-spy"), "record", "--pid", pid, "--format", "raw", "--output", str(out)]
-    return subprocess.Popen([*command, "--rate", "50", "--duration", "unlimited"], stdout=subprocess.DEVNULL)
+    gently = ["--nonblocking", "--rate", "10", "--duration", "unlimited"]
+    return subprocess.Popen([*command, *gently], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def _figures(made: Fleet, began: float) -> Facts:
