@@ -14,7 +14,8 @@ from pomona.aggregation_settings import AggregationSettings
 from pomona.base_model import find_base_model
 from pomona.client.join import JoinSettings, start_supernode, start_trainers
 from pomona.coordinator.beginning import begin_run, load_held_out
-from pomona.coordinator.launch import follow, new_run_id, private_folder, recorded, submit, watch_flower
+from pomona.coordinator.following import follow, recorded
+from pomona.coordinator.launch import new_run_id, private_folder, submit, watch_flower
 from pomona.coordinator.server import run_server
 from pomona.coordinator.summary import RunSummary, summarise
 from pomona.datasets import load_dataset, write_jsonl

@@ -24,7 +24,15 @@ from pomona.coordinator.recovery import committed_rounds, known_members, unfinis
 from pomona.coordinator.replies import Puller, Reply, collect, server_gone
 from pomona.coordinator.strategy import Aggregate, LoraStrategy
 from pomona.coordinator.trusted import TrustedTrainer
-from pomona.errors import AlreadyCoordinated, NotEnoughClients, PayloadError, PomonaError, RunFailed, ServerGone
+from pomona.errors import (
+    AlreadyCoordinated,
+    NotEnoughClients,
+    PayloadError,
+    PomonaError,
+    RegistryUnavailable,
+    RunFailed,
+    ServerGone,
+)
 from pomona.failpoints import reach
 from pomona.lora_model import AdaptedModel, Scores
 from pomona.messages import pack, unpack
@@ -52,8 +60,8 @@ def run_federation(
 ) -> list[Version]:
     """Run all rounds and return the versions that were published, oldest first.
 
-    However it ends, the run's row in the registry says so; where the server is gone, or another process has taken the
-    run over, it has not ended.
+    However it ends, the run's row in the registry says so. Where the server is gone or stopped, the database stays away
+    or another process has taken the run over, it has not ended.
 
     Args:
         grid: Where the clients are.
@@ -66,20 +74,34 @@ def run_federation(
     Raises:
         AlreadyCoordinated: Another process took the run over while we had lost its lock.
         ServerGone: Flower's server cannot be reached; the same call goes on with the run later.
+        RegistryUnavailable: The database stays away; likewise.
         NotEnoughClients: Too few clients joined in time, or answered.
     """
     invitation = begin_run(registry, settings, run_id=run_id)
     try:
         versions = _Federation(grid, settings, registry, invitation, make_sure).run()
-    except (ServerGone, AlreadyCoordinated, httpx.TransportError) as error:
-        _log.error("run %s is cut off: %s", run_id, error)
-        raise server_gone(error) if isinstance(error, httpx.TransportError) else error from error
     except BaseException as error:
+        if _cuts_off(error):
+            _log.error("run %s is cut off: %s: %s", run_id, type(error).__name__, error)
+            if isinstance(error, httpx.TransportError):
+                raise server_gone(error) from error
+            raise
+        make_sure()
         if registry.run(run_id).state == "running":  # else whoever ended it has said why
             registry.finish_run(run_id, "failed", f"{type(error).__name__}: {error}")
         raise
     registry.finish_run(run_id, "finished")
     return versions
+
+
+def _cuts_off(error: BaseException) -> bool:
+    """Return whether an error ends only what this process does for a run, so that the run can go on as it is.
+
+    Flower turns the signals that stop a server into SystemExit.
+    """
+    if isinstance(error, RegistryUnavailable):
+        return error.passing
+    return isinstance(error, KeyboardInterrupt | SystemExit | ServerGone | AlreadyCoordinated | httpx.TransportError)
 
 
 class _Federation:
@@ -130,15 +152,25 @@ class _Federation:
         """Take up what an earlier process of this run has published; return it."""
         run_id = self._invitation.run_id
         self._roster.members |= known_members(self._registry, run_id, self._settings.training)
-        published = [each.version for each in committed_rounds(self._registry, run_id) if each.version]
+        rounds = committed_rounds(self._registry, run_id)
+        published = [each.version for each in rounds if each.version]
         if published:
             last = published[-1]
             weights, _ = decode_weights(self._registry.payload(last.ref))
             kept = str(last.recipe.get("method_state", ""))
             self._strategy.recover(last.ref, weights, self._registry.blobs.get(kept) if kept else b"")
             _log.info("run %s goes on after round %d, from %s", run_id, len(published), last.ref)
-            self._wait_for_enough(set(self._roster.members))
+            self._wait_for_enough(self._expected(rounds[-1].cohort))
         return published
+
+    def _expected(self, last_cohort: Sequence[str]) -> Collection[str]:
+        """Return whom a run that was cut off waits for: who was there last, and everybody where cohorts are drawn.
+
+        From fewer clients another cohort would be drawn than from those that were there.
+        """
+        cohort = self._settings.cohort
+        drawn = cohort.size is not None or cohort.fraction is not None
+        return set(self._roster.members) if drawn else last_cohort
 
     def _cohort(self, number: int) -> list[str]:
         """Return who is asked in a round: those that were, where it was begun before."""
@@ -173,11 +205,11 @@ class _Federation:
             self._make_sure()
             version = self._publish(number, aggregate)
             reach("version-published")
-        except (ServerGone, AlreadyCoordinated, httpx.TransportError):
-            raise
         except BaseException as error:
-            with contextlib.suppress(PomonaError):
-                self._registry.fail_round(run_id, number, f"{type(error).__name__}: {error}")
+            if not _cuts_off(error):
+                self._make_sure()
+                with contextlib.suppress(PomonaError):
+                    self._registry.fail_round(run_id, number, f"{type(error).__name__}: {error}")
             raise
         strategy.weights, strategy.parent = aggregate.combined.weights, version.ref
         return version

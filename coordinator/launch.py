@@ -2,28 +2,32 @@
 
 import contextlib
 import json
+import logging
 import os
 import secrets
 import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from pomona import __version__, errors
+from pomona import __version__
 from pomona.coordinator.beginning import begin_run
-from pomona.coordinator.recovery import only_coordinator
+from pomona.coordinator.following import follow, recorded, watch_coordinator
+from pomona.coordinator.recovery import PROBE_S, only_coordinator, settings_of
 from pomona.coordinator.server import Server
-from pomona.errors import PomonaError, ProcessDied, RunFailed, ServerGone
+from pomona.errors import AlreadyCoordinated, PomonaError, ProcessDied, RunFailed, ServerGone
 from pomona.processes import child_environment, listens
 from pomona.settings import RunSettings
 from pomona.storage.records import Run
 from pomona.storage.registry import Registry
 
-_POLL_S = 0.5
+_log = logging.getLogger(__name__)
+
 _ALIVE_POLL_S = 60.0
 _LISTENS_POLL_S = 5.0
+_UNKNOWN_LOOKS = 5  # at Flower, in a row
 _SUBMIT_TIMEOUT_S = 120.0
 
 _APP = """\
@@ -99,47 +103,28 @@ def run_at(server: Server, registry: Registry, settings: RunSettings, *, show: C
 def resume_at(server: Server, registry: Registry, run: Run, *, show: Callable[[Run], None]) -> Run:
     """Go on with a run that was cut off, from what it has in the registry, and follow it to its end.
 
+    One that another process coordinates is followed, and goes on without its follower.
+
     Raises:
-        ProcessError: It is being coordinated right now.
+        ConfigError: Its settings were written by another version of this package.
+        ServerGone: It was another's, and nobody coordinates it any more.
         PomonaError: As :func:`run_at`.
     """
-    with only_coordinator(registry, run.id):
-        settings = RunSettings.model_validate_json(run.settings_json)
-        begin_run(registry, settings, run_id=run.id)
+    settings = settings_of(run)
+    try:
+        with only_coordinator(registry, run.id, wait_s=PROBE_S):
+            begin_run(registry, settings, run_id=run.id)
+    except AlreadyCoordinated:
+        return _follow_another(registry, run.id, show=show)
     return _start_and_follow(server, registry, settings, run_id=run.id, show=show)
 
 
-def resume_unfinished(server: Server, registry: Registry) -> list[str]:
-    """Start every run again that was running when its server died; return their ids.
+def submit_unattended(server: Server, settings: RunSettings, run_id: str) -> None:
+    """Start a run that nobody follows.
 
     Raises:
-        ProcessDied: The server did not take one.
-    """
-    cut_off = [run for run in registry.runs() if run.state == "running"]
-    for run in cut_off:
-        _submit_unattended(server, RunSettings.model_validate_json(run.settings_json), run_id=run.id)
-    return [run.id for run in cut_off]
-
-
-def start_once(server: Server, registry: Registry, settings: RunSettings) -> str | None:
-    """Start a run that nobody follows, unless the registry has a run of its name; return its id, None if it has.
-
-    Whatever happens after the run has its row, :func:`resume_unfinished` goes on with it.
-
-    Raises:
-        BaseModelError: The base model is not here.
-        DataError: The held-out data cannot be used.
         ProcessDied: The server did not take it.
     """
-    if any(run.adapter == settings.name for run in registry.runs()):
-        return None
-    run_id = new_run_id()
-    begin_run(registry, settings, run_id=run_id)
-    _submit_unattended(server, settings, run_id=run_id)
-    return run_id
-
-
-def _submit_unattended(server: Server, settings: RunSettings, *, run_id: str) -> None:
     folder = private_folder()
     try:
         submit(server, settings, run_id=run_id, folder=folder)
@@ -154,90 +139,44 @@ def _start_and_follow(
     flower_run = None
     try:
         with recorded(registry, run_id):
-            flower_run = submit(server, settings, run_id=run_id, folder=folder)
-            alive = watch_flower(server, flower_run, folder=folder)
-            return follow(registry, run_id, alive=alive, show=show)
-    except BaseException as error:
-        if flower_run is not None:
-            with contextlib.suppress(PomonaError):
-                stop(server, flower_run, folder=folder)
-        if isinstance(error, KeyboardInterrupt):
-            error.args = (f"run {run_id} was stopped; go on with it by: pomona run --resume {run_id}",)
+            try:
+                flower_run = submit(server, settings, run_id=run_id, folder=folder)
+                alive = watch_flower(server, flower_run, folder=folder)
+                return follow(registry, run_id, alive=alive, show=show)
+            except PomonaError:  # it has ended by itself, or goes on without us
+                raise
+            except BaseException:
+                if flower_run is not None:
+                    with contextlib.suppress(PomonaError):
+                        stop(server, flower_run, folder=folder)
+                raise
+    except KeyboardInterrupt as error:
+        error.args = (f"run {run_id} was stopped; go on with it by: pomona run --resume {run_id}",)
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def recorded(registry: Registry, run_id: str) -> Iterator[None]:
-    """Write down in a run's row the error that ends it here, unless the run has written down its own.
-
-    Where the server died the run is only cut off: it stays ``running``, for the server to go on with when it is back.
-    """
+def _follow_another(registry: Registry, run_id: str, *, show: Callable[[Run], None]) -> Run:
     try:
-        yield
-    except ServerGone:
+        return follow(registry, run_id, alive=watch_coordinator(registry, run_id), show=show)
+    except KeyboardInterrupt as error:
+        error.args = (f"run {run_id} goes on; follow it again by: pomona run --resume {run_id}",)
         raise
-    except BaseException as error:
-        with contextlib.suppress(PomonaError):
-            if registry.run(run_id).state == "running":
-                registry.finish_run(run_id, "failed", f"{type(error).__name__}: {error}")
-        raise
-
-
-def follow(
-    registry: Registry,
-    run_id: str,
-    *,
-    alive: Callable[[], None],
-    show: Callable[[Run], None],
-) -> Run:
-    """Watch a run until it ends.
-
-    Args:
-        registry: Where the run writes down what it does.
-        run_id: The run.
-        alive: Raises when the run cannot go on.
-        show: Called with the run's row a few times a second.
-
-    Raises:
-        PomonaError: The error that the run ended with, of its own class.
-    """
-    while True:
-        run = registry.run(run_id)
-        show(run)
-        if run.state != "running":
-            break
-        try:
-            alive()
-        except RunFailed:
-            if registry.run(run_id).state == "running":  # else it ended while Flower was asked
-                raise
-            continue
-        time.sleep(_POLL_S)
-    if run.state == "failed":
-        raise failure(run.reason)
-    return run
-
-
-def failure(reason: str) -> errors.PomonaError:
-    """Return the error that a run wrote down as the reason of its end."""
-    kind, _, text = reason.partition(": ")
-    known = getattr(errors, kind, None)
-    if isinstance(known, type) and issubclass(known, errors.PomonaError) and known is not errors.UpdateRejected:
-        return known(text)
-    return RunFailed(f"the run failed: {reason}")
 
 
 def watch_flower(server: Server, flower_run: int, *, folder: Path) -> Callable[[], None]:
     """Return a check that Flower still runs a run.
 
-    Whether the server is there is seen every few seconds; Flower is asked seldom, because asking costs a process.
+    Whether the server is there is seen every few seconds; Flower is asked seldom, because asking costs a process. What
+    it does not say once, because the machine is busy, says nothing of the run. A server that is being stopped says that
+    the run has ended, so this is believed when the server is still there a few seconds later.
     """
     asked = seen = time.monotonic()
+    unknown, ended = 0, ""
 
     def alive() -> None:
-        nonlocal asked, seen
+        nonlocal asked, seen, unknown, ended
         if time.monotonic() - seen > _LISTENS_POLL_S:
             seen = time.monotonic()
             if not listens(server.control):
@@ -245,21 +184,30 @@ def watch_flower(server: Server, flower_run: int, *, folder: Path) -> Callable[[
                     f"the server on {server.fleet} is gone; what it published is in the registry, and the run goes on "
                     "when `pomona server` is started again"
                 )
-        if time.monotonic() - asked < _ALIVE_POLL_S:
+            if ended:
+                raise RunFailed(f"Flower ended the run ({ended}) and the coordinator wrote nothing down; see its log")
+        if ended or time.monotonic() - asked < _ALIVE_POLL_S:
             return
-        asked = time.monotonic()
-        status = flower_status(server, flower_run, folder=folder)
-        if status.startswith("finished"):
-            raise RunFailed(f"Flower ended the run ({status}) and the coordinator wrote nothing down; see its log")
+        status, asked = flower_status(server, flower_run, folder=folder), time.monotonic()
+        ended = status if status.startswith("finished") else ""
+        unknown = unknown + 1 if status == "unknown" else 0
+        if unknown == _UNKNOWN_LOOKS:
+            raise ProcessDied(
+                f"the server was asked {unknown} times how the run is and did not say; if it goes on, it does so "
+                "without this command, and `pomona run --resume` follows it"
+            )
 
     return alive
 
 
 def flower_status(server: Server, flower_run: int, *, folder: Path) -> str:
-    """Return Flower's own status of a run, like ``running`` or ``finished:failed``."""
-    listing = json.loads(_flwr(server, folder, "ls", "server", "--run-id", str(flower_run), "--format", "json"))
-    runs = listing.get("runs") or [{}]
-    return str(runs[0].get("status", "unknown"))
+    """Return Flower's own status of a run, like ``running`` or ``finished:failed``; ``unknown`` if it does not say."""
+    try:
+        listing = json.loads(_flwr(server, folder, "ls", "server", "--run-id", str(flower_run), "--format", "json"))
+        return str(listing["runs"][0]["status"])
+    except (ProcessDied, ValueError, LookupError, TypeError) as error:
+        _log.info("Flower does not say how run %d is: %s", flower_run, error)
+        return "unknown"
 
 
 def _flwr(server: Server, folder: Path, command: str, *arguments: str) -> str:

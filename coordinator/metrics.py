@@ -1,7 +1,8 @@
 """Metrics for Prometheus, counted in the registry whenever they are asked for.
 
-Nothing is counted twice or forgotten at a restart, because nothing is counted here. There are totals only: no figure of
-a single client leaves by this way.
+Nothing is counted twice or forgotten at a restart, because nothing is counted here. What the registry itself does not
+know of a round that a restart cut in two is in the help of each metric. There are totals only: no figure of a single
+client leaves by this way.
 """
 
 from collections.abc import Iterator
@@ -79,15 +80,21 @@ def _totals(found: Statistics) -> Iterator[Metric]:
     for state in get_args(RoundState):
         rounds.add_metric([state], found.rounds.get(state, 0))
     yield rounds
-    updates = CounterMetricFamily("pomona_submissions", "Updates that were received, by status.", labels=["status"])
+    # no counter: an accepted update that a defence sets aside becomes a quarantined one
+    updates = GaugeMetricFamily("pomona_submissions", "Updates that were received, by status.", labels=["status"])
     for status in get_args(SubmissionStatus):
         updates.add_metric([status], found.submissions.get(status, 0))
     yield updates
-    payload = CounterMetricFamily("pomona_payload_bytes", "Payload bytes of committed rounds.", labels=["direction"])
+    payload = CounterMetricFamily(
+        "pomona_payload_bytes",
+        "Payload bytes of committed rounds; not those sent before a restart to clients that had not answered by then.",
+        labels=["direction"],
+    )
     payload.add_metric(["down"], found.bytes_down)
     payload.add_metric(["up"], found.bytes_up)
     yield payload
-    yield CounterMetricFamily("pomona_round_seconds", "Seconds of all committed rounds.", found.round_seconds)
+    lasted = "Seconds of all committed rounds; where a restart cut one in two, from the restart."
+    yield CounterMetricFamily("pomona_round_seconds", lasted, found.round_seconds)
 
 
 def _open_rounds(rounds: tuple[OpenRound, ...]) -> Iterator[Metric]:

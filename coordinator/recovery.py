@@ -5,12 +5,22 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import TYPE_CHECKING, Literal
 
-from pomona.aggregation.verify import Enrolment
+from pydantic import ValidationError
+
+from pomona import __version__
 from pomona.errors import AlreadyCoordinated, ConfigError
-from pomona.settings import TrainingSettings
+from pomona.settings import RunSettings, TrainingSettings
 from pomona.storage.records import Round, Run, Submission
 from pomona.storage.registry import Registry
+
+if TYPE_CHECKING:
+    from pomona.aggregation.verify import Enrolment
+
+Place = Literal["nowhere", "here", "elsewhere"]
+
+PROBE_S = 2.0  # somebody may hold a lock for a moment, to find out whether it is free
 
 _POLL_S = 0.5
 
@@ -30,8 +40,10 @@ def waiting_submissions(registry: Registry, run_id: str, number: int) -> list[Su
     return [each for each in registry.submissions(run_id, number) if each.status == "accepted"]
 
 
-def known_members(registry: Registry, run_id: str, training: TrainingSettings) -> dict[str, Enrolment]:
+def known_members(registry: Registry, run_id: str, training: TrainingSettings) -> "dict[str, Enrolment]":
     """Return what clients have enrolled with, by name; they are held to it when they come back."""
+    from pomona.aggregation.verify import Enrolment  # noqa: PLC0415 - imports torch, which a server needs not
+
     return {
         each.name: Enrolment(
             client=each.name,
@@ -65,6 +77,35 @@ def resumable_run(registry: Registry, wanted: str) -> Run:
     if not unfinished:
         raise ConfigError("every run has finished, so there is none to resume; `pomona registry runs` lists them")
     return unfinished[-1]
+
+
+def settings_of(run: Run) -> RunSettings:
+    """Return the settings that a run was begun with.
+
+    Raises:
+        ConfigError: They were written by another version of this package.
+    """
+    try:
+        return RunSettings.model_validate_json(run.settings_json)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        where = ".".join(map(str, problem["loc"])) or "run"
+        raise ConfigError(
+            f"pomona {__version__} cannot read the settings of run {run.id} ({where}: {problem['msg']}); "
+            "go on with it by the version that began it"
+        ) from error
+
+
+def coordinated(registry: Registry, run_id: str) -> Place:
+    """Return where a run is coordinated at this moment: nowhere, on this machine, or on another one.
+
+    Finding out takes the lock for a moment: one who needs it waits ``PROBE_S`` for it.
+    """
+    with _try_here(registry, run_id) as free_here:
+        if not free_here:
+            return "here"
+        with registry.lock(run_id) as ours:
+            return "nowhere" if ours() else "elsewhere"
 
 
 @contextmanager

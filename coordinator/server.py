@@ -11,11 +11,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 from pomona.errors import ConfigError, ProcessDied, ProcessError
 from pomona.processes import Supervisor, check_port, child_environment, free_ports, listens
 
+SuperlinkState = Literal["disk", "memory"]
+
 _FACTS = "server.json"
+_IN_MEMORY = ":flwr-in-memory:"
 _LOCK = "server.lock"
 _START_TIMEOUT_S = 60.0
 
@@ -73,6 +77,7 @@ def run_server(
     port: int,
     tls: Tls | None,
     threads: int = 1,
+    superlink_state: SuperlinkState = "disk",
 ) -> Iterator[Server]:
     """Start a server and take it down at the end.
 
@@ -85,6 +90,8 @@ def run_server(
         tls: Certificates; None: without TLS.
         threads: CPU threads for aggregating and scoring. Beside busy clients on the same cores more than one is
             slower, because threads wait for each other.
+        superlink_state: Where Flower's SuperLink keeps its messages and nodes. In memory it handles several times as
+            many; what a client has not been told is recorded is lost with the process then, and is sent again.
 
     Raises:
         ConfigError: A certificate file is missing.
@@ -113,7 +120,7 @@ def run_server(
                 "MKL_NUM_THREADS": str(threads),
             }
         )
-        supervisor.start("superlink", _command(server, state, tls), env=env)
+        supervisor.start("superlink", _command(server, state, tls, superlink_state), env=env)
         supervisor.wait_for(
             lambda: listens(server.fleet) and listens(server.control),
             what="the SuperLink",
@@ -142,7 +149,7 @@ def find_server(home: Path) -> Server:
     raise ProcessDied(f"no server runs on {home}; start one with `pomona server`")
 
 
-def _command(server: Server, state: Path, tls: Tls | None) -> list[str]:
+def _command(server: Server, state: Path, tls: Tls | None, superlink_state: SuperlinkState) -> list[str]:
     host, port = server.control.rsplit(":", 1)
     security = (
         ["--insecure"]
@@ -158,7 +165,7 @@ def _command(server: Server, state: Path, tls: Tls | None) -> list[str]:
         *security,
         "--host", host, "--port", port,
         "--fleet-api-type", "grpc-rere", "--fleet-api-address", server.fleet,
-        "--database", str(state / "superlink.db"),
+        "--database", _IN_MEMORY if superlink_state == "memory" else str(state / "superlink.db"),
         "--disable-runtime-dependency-installation",
     ]  # fmt: skip
 

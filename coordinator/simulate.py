@@ -20,7 +20,9 @@ from flwr.simulation import run_simulation
 from pomona.client.trainer import Profile, Trainer
 from pomona.coordinator.beginning import begin_run
 from pomona.coordinator.federation import run_federation
-from pomona.coordinator.launch import failure, new_run_id, recorded
+from pomona.coordinator.following import failure, recorded
+from pomona.coordinator.launch import new_run_id
+from pomona.coordinator.recovery import PROBE_S, only_coordinator
 from pomona.datasets import Dataset, load_dataset
 from pomona.errors import ConfigError, PomonaError, RunFailed
 from pomona.messages import pack, unpack
@@ -56,8 +58,8 @@ def simulate_run(registry: Registry, settings: RunSettings, *, clients: int, sho
     watcher = threading.Thread(target=_watch, args=(registry, run_id, show, watching), daemon=True)
     watcher.start()
     try:
-        with recorded(registry, run_id):
-            _simulate(registry, settings, clients=clients, run_id=run_id)
+        with recorded(registry, run_id), only_coordinator(registry, run_id, wait_s=PROBE_S) as make_sure:
+            _simulate(registry, settings, clients=clients, run_id=run_id, make_sure=make_sure)
     except Exception as error:  # Flower may put its own in place of the round loop's
         if (ended := registry.run(run_id)).state == "failed":
             raise failure(ended.reason) from error
@@ -142,14 +144,16 @@ def _fitted(settings: RunSettings, clients: int) -> RunSettings:
     return settings.model_copy(update={"cohort": cohort.model_copy(update={"min_clients": clients})})
 
 
-def _simulate(registry: Registry, settings: RunSettings, *, clients: int, run_id: str) -> None:
+def _simulate(
+    registry: Registry, settings: RunSettings, *, clients: int, run_id: str, make_sure: Callable[[], None]
+) -> None:
     server = ServerApp()
 
     @server.main()
     def main(grid: Grid, context: Context) -> None:
         del context
         torch.set_num_threads(1)
-        run_federation(grid, settings, registry, run_id=run_id)
+        run_federation(grid, settings, registry, run_id=run_id, make_sure=make_sure)
 
     os.environ.update(child_environment())
     for name in ("flwr", "ray"):

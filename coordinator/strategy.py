@@ -48,9 +48,10 @@ class Aggregate:
 
     Attributes:
         combined: The next global adapter and what it is made of.
-        bytes_down: Payload bytes sent to clients.
-        bytes_up: Payload bytes received, rejected ones too.
-        seconds: From the first message out to the aggregate.
+        bytes_down: Payload bytes sent to clients. What a process that died had sent to clients that did not answer it
+            is not known, and not counted.
+        bytes_up: Payload bytes received, rejected ones too, by whichever process.
+        seconds: From the first message out to the aggregate; those of the last process that had the round.
     """
 
     combined: Combined
@@ -154,10 +155,10 @@ class LoraStrategy(Strategy):
         }
         self._round.work = {name: by_rank[rank] for name, rank in ranks.items()}
         asked = {rank: self._request(work.assignment, server_round) for rank, work in by_rank.items()}
-        self._take_up(server_round)
+        answered = self._take_up(server_round)
         to_ask = [] if config.get("frozen") else cohort
         self._round.asked = [name for name in to_ask if name in self._roster.nodes and name not in self._round.accepted]
-        self._round.bytes_down = sum(len(asked[ranks[name]][1]) for name in self._round.asked)
+        self._round.bytes_down = sum(len(asked[ranks[name]][1]) for name in [*answered, *self._round.asked])
         return [
             Message(
                 pack("train", *asked[ranks[name]]),
@@ -169,9 +170,11 @@ class LoraStrategy(Strategy):
             for name in self._round.asked
         ]
 
-    def _take_up(self, number: int) -> None:
-        """Count what was acknowledged before this process began."""
-        for each in self._registry.submissions(self._invitation.run_id, number):
+    def _take_up(self, number: int) -> list[str]:
+        """Count what came before this process began, and return who has answered, once for each answer."""
+        recorded = self._registry.submissions(self._invitation.run_id, number)
+        self._round.bytes_up = sum(each.bytes for each in recorded)
+        for each in recorded:
             if each.status == "accepted" and each.client in self._round.work:
                 self._round.accepted[each.client] = Accepted(
                     each.client,
@@ -179,6 +182,7 @@ class LoraStrategy(Strategy):
                     each.train_loss or 0.0,
                     partial(self._load, each.client, each.sha256),
                 )
+        return [each.client for each in recorded if each.status != "late" and each.client in self._round.work]
 
     def receive(self, client: str, reply: Reply) -> str:
         """Check and record one answer.

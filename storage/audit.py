@@ -5,9 +5,10 @@ row follows on 64 zeros. Whoever changes, drops or inserts a row has to rewrite 
 rewrite a hash that somebody wrote down elsewhere: ``pomona registry audit --expect HASH`` finds out.
 """
 
-import getpass
 import hashlib
 import json
+import os
+import pwd
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,7 +19,7 @@ import sqlalchemy as sa
 from pomona.storage import tables as t
 
 START = "0" * 64
-_LOCK = 0x706F6D6F6E61  # "pomona"; of PostgreSQL's advisory locks
+ADVISORY_LOCK = 0x706F6D6F6E61  # "pomona"; held by whoever writes to a registry on PostgreSQL, or migrates it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,8 +63,7 @@ def append(connection: sa.Connection, event: str, subject: str, **details: objec
 
 def append_all(connection: sa.Connection, event: str, what: Sequence[tuple[str, Mapping[str, object]]]) -> None:
     """Write down several changes of one kind, each a subject with its details, in their order."""
-    last = connection.execute(_LAST).first()
-    number, previous = (last.id, last.sha256) if last else (0, START)
+    number, previous = head(connection)
     records = []
     for subject, details in what:
         number += 1
@@ -80,6 +80,18 @@ def append_all(connection: sa.Connection, event: str, what: Sequence[tuple[str, 
         records.append({**record, "sha256": previous})
     if records:
         connection.execute(_INSERT, records)
+
+
+def head(connection: sa.Connection) -> tuple[int, str]:
+    """Return id and hash of the newest record."""
+    last = connection.execute(_LAST).first()
+    return (last.id, last.sha256) if last else (0, START)
+
+
+def holds(connection: sa.Connection, record: tuple[int, str]) -> bool:
+    """Return whether the log has the record of that id and hash: the transaction that ended with it was committed."""
+    number, sha256 = record
+    return connection.execute(_SHA256_OF, {"of_id": number}).scalar() == sha256
 
 
 def digest(record: Mapping[str, object]) -> str:
@@ -114,12 +126,14 @@ def broken(connection: sa.Connection) -> Iterator[tuple[int, str]]:
 
 @cache
 def _actor() -> str:
+    number = os.geteuid()
     try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # an account without a name, as in containers
-        return "unknown"
+        return pwd.getpwuid(number).pw_name
+    except KeyError:  # an account without a name, as in containers
+        return f"uid {number}"
 
 
-_TAKE_LOCK = sa.select(sa.func.pg_advisory_xact_lock(_LOCK))
+_TAKE_LOCK = sa.select(sa.func.pg_advisory_xact_lock(ADVISORY_LOCK))
 _LAST = sa.select(t.audit.c.id, t.audit.c.sha256).order_by(t.audit.c.id.desc()).limit(1)
+_SHA256_OF = sa.select(t.audit.c.sha256).where(t.audit.c.id == sa.bindparam("of_id"))
 _INSERT = sa.insert(t.audit)

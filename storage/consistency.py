@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
-from pomona.storage import audit
+from pomona.storage import audit, ledger
 from pomona.storage import tables as t
 from pomona.storage.references import KEPT
 
@@ -44,6 +44,7 @@ def contradictions(connection: sa.Connection) -> list[Finding]:
         _aliases,
         _submissions,
         _audit,
+        _ledger,
     )
     return [finding for check in checks for finding in check(connection)]
 
@@ -86,10 +87,10 @@ def _dangles(table: sa.Table, row: Sequence[object], names: Sequence[str], targe
 
 def _committed_twice(connection: sa.Connection) -> Iterator[Finding]:
     sent, version = t.submission.c, t.version.c
-    accepted = sent.status == "accepted"
+    accepted, taken_in = sent.status == "accepted", sent.status.in_(KEPT)
     groups = (
         ((sent.run_id, sent.round, sent.client), accepted, "accepted updates of one client in one round"),
-        ((sent.run_id, sent.nonce), accepted, "accepted updates with one nonce"),
+        ((sent.run_id, sent.nonce), taken_in, "updates taken in with one nonce"),
         ((version.run_id, version.round), version.run_id.is_not(None), "versions of one round"),
         ((version.adapter_name, version.version), sa.true(), "versions of one number"),
     )
@@ -196,3 +197,8 @@ def _submissions(connection: sa.Connection) -> Iterator[Finding]:
 def _audit(connection: sa.Connection) -> Iterator[Finding]:
     for number, found in audit.broken(connection):
         yield Finding(about=f"audit record {number}", found=found, remedy=_RESTORE)
+
+
+def _ledger(connection: sa.Connection) -> Iterator[Finding]:
+    for row, found in ledger.all_broken(connection):
+        yield Finding(about=f"privacy ledger {row.population}/{row.seq}", found=found, remedy=_RESTORE)

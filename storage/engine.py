@@ -8,14 +8,14 @@ import hashlib
 import os
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.engine import make_url
 from sqlalchemy.engine.interfaces import DBAPIConnection
-from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, OperationalError
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import ConnectionPoolEntry
 
@@ -26,6 +26,8 @@ BUSY_TIMEOUT_S = 30.0
 # SQLSTATEs: a lost contest; and besides, what ends when the server has started, or has a connection to spare
 _CONTESTS = {"40001", "40P01"}
 _PASSING = {"53300", "55P03", "57P01", "57P02", "57P03", *_CONTESTS}
+_TAKEN = "23505"
+_TAKEN_SQLITE = {sqlite3.SQLITE_CONSTRAINT_UNIQUE, sqlite3.SQLITE_CONSTRAINT_PRIMARYKEY}
 _POSTGRESQL_LIMITS = {"connect_timeout": 10, "tcp_user_timeout": 30_000}  # s, ms; libpq itself waits for ever
 
 _WRITES = "pomona_writes"
@@ -87,13 +89,16 @@ def _create_postgresql(url: sa.URL, *, read_only: bool) -> sa.Engine:
 
 @contextmanager
 def reading(engine: sa.Engine) -> Iterator[sa.Connection]:
-    """Open a transaction that sees one state of the database.
+    """Open a transaction that sees one state of the database, however many statements it reads with.
 
     Raises:
         RegistryUnavailable: The database cannot be reached or read.
     """
-    with database_errors(engine), engine.begin() as connection:
-        yield connection
+    with database_errors(engine), engine.connect() as connection:
+        if engine.dialect.name == "postgresql":  # whose transactions see what others commit meanwhile
+            connection.execution_options(isolation_level="REPEATABLE READ")
+        with connection.begin():
+            yield connection
 
 
 @contextmanager
@@ -127,6 +132,13 @@ def database_errors(engine: sa.Engine) -> Iterator[None]:
 def lost_contest(error: BaseException | None) -> bool:
     """Return whether a transaction was undone for another's sake: it can be done again at once."""
     return _sqlstate(error) in _CONTESTS
+
+
+def is_taken(error: IntegrityError) -> bool:
+    """Return whether there is a row already with what must be unique; no other constraint is broken by being second."""
+    if isinstance(error.orig, sqlite3.Error):
+        return getattr(error.orig, "sqlite_errorcode", None) in _TAKEN_SQLITE
+    return _sqlstate(error) == _TAKEN
 
 
 def _passes(error: DBAPIError | PoolTimeout) -> bool:
@@ -166,20 +178,19 @@ class SessionLock:
         """
         if self._engine.dialect.name != "postgresql" or self._alive():
             return True
-        with database_errors(self._engine):
-            connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
-        self._connection = connection
-        with database_errors(self._engine):
-            taken = bool(connection.scalar(sa.select(sa.func.pg_try_advisory_lock(self._number))))
-        if not taken:
-            self.release()
-        return taken
+        with database_errors(self._engine), ExitStack() as unless_taken:
+            connection = self._engine.connect()
+            unless_taken.callback(_end_session, connection)
+            connection.execution_options(isolation_level="AUTOCOMMIT")
+            if connection.scalar(sa.select(sa.func.pg_try_advisory_lock(self._number))):
+                unless_taken.pop_all()
+                self._connection = connection
+        return self._connection is not None
 
     def release(self) -> None:
         """Let go of it."""
         if self._connection is not None:
-            self._connection.invalidate()  # a closed session has no locks; a pooled one would
-            self._connection.close()
+            _end_session(self._connection)
             self._connection = None
 
     def _alive(self) -> bool:
@@ -187,10 +198,15 @@ class SessionLock:
             return False
         try:
             self._connection.execute(sa.select(1))
-        except DBAPIError:
+        except SQLAlchemyError:
             self.release()
             return False
         return True
+
+
+def _end_session(connection: sa.Connection) -> None:
+    connection.invalidate()  # a closed session has no locks; a pooled one would
+    connection.close()
 
 
 def keep_log(engine: sa.Engine) -> None:

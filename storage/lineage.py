@@ -1,13 +1,12 @@
 """What a version is made of, back to the first."""
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import sqlalchemy as sa
 
 from pomona.storage import submissions, versions
 from pomona.storage import tables as t
-from pomona.storage.records import LineageNode, Submission, Version
+from pomona.storage.records import LineageNode
 
 
 def trace(connection: sa.Connection, ref: str) -> LineageNode:
@@ -21,7 +20,7 @@ def trace(connection: sa.Connection, ref: str) -> LineageNode:
     ids = {root.id} | {edge.parent_id for edge in edges}
     found = {item.id: item for item in versions.load(connection, t.version.c.id.in_(_ancestry(root.id)))}
     parents: dict[int, list[LineageNode]] = {key: [] for key in ids}
-    sent = _submissions_of(connection, list(found.values()))
+    sent = submissions.of_versions(connection, _ancestry(root.id))
     # ids grow from parent to child, so a parent is complete before a child asks for it
     for edge in sorted(edges, key=lambda edge: (edge.child_id, edge.parent_id)):
         parents[edge.child_id].append(
@@ -30,10 +29,11 @@ def trace(connection: sa.Connection, ref: str) -> LineageNode:
                 kind=edge.kind,
                 coefficient=edge.coefficient,
                 parents=parents[edge.parent_id],
-                submissions=sent[edge.parent_id],
+                submissions=tuple(sent.get(edge.parent_id, ())),
             )
         )
-    return LineageNode(version=root, kind="", coefficient=1.0, parents=parents[root.id], submissions=sent[root.id])
+    own = tuple(sent.get(root.id, ()))
+    return LineageNode(version=root, kind="", coefficient=1.0, parents=parents[root.id], submissions=own)
 
 
 def _ancestry(version_id: int) -> sa.Select[tuple[int]]:
@@ -44,11 +44,3 @@ def _ancestry(version_id: int) -> sa.Select[tuple[int]]:
 
 def _edges_below(connection: sa.Connection, version_id: int) -> Sequence[sa.Row[tuple[object, ...]]]:
     return connection.execute(sa.select(t.lineage).where(t.lineage.c.child_id.in_(_ancestry(version_id)))).all()
-
-
-def _submissions_of(connection: sa.Connection, ancestors: Sequence[Version]) -> Mapping[int, Sequence[Submission]]:
-    by_round = defaultdict[tuple[str, int], list[Submission]](list)
-    for run_id in sorted({version.run_id for version in ancestors if version.run_id is not None}):
-        for item in submissions.of_run(connection, run_id, None):
-            by_round[run_id, item.round_number].append(item)
-    return {version.id: tuple(by_round[version.run_id or "", version.round_number or 0]) for version in ancestors}

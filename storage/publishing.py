@@ -1,8 +1,9 @@
 """Publishing: one transaction writes the version and everything that says what it is made of."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from typing import get_args
 
 import sqlalchemy as sa
 
@@ -10,7 +11,7 @@ from pomona.errors import BaseModelError, RegistryError, VersionConflict
 from pomona.failpoints import reach
 from pomona.storage import audit, rounds, versions
 from pomona.storage import tables as t
-from pomona.storage.records import NewImport, NewVersion, Version
+from pomona.storage.records import NewImport, NewVersion, Parent, ParentKind, Version
 from pomona.storage.rounds import REASON_LENGTH
 from pomona.storage.values import json_value, metrics, real, text
 
@@ -20,7 +21,9 @@ def publish_round(connection: sa.Connection, new: NewVersion, sha256: str) -> Ve
 
     Raises:
         BaseModelError: It was not made on the run's base model.
-        RegistryError: It is for another adapter, or weighs a client that has no accepted submission.
+        RegistryError: It is for another adapter, weighs a client that has no accepted submission, or its parents cannot
+            be: the version that clients trained on is missing, one is named twice, or a coefficient is no number.
+        AdapterNotFound: There is no such parent.
         VersionConflict: The round is closed already, or the adapter's newest version is not the one expected.
     """
     _require_run(connection, new)
@@ -33,10 +36,9 @@ def publish_round(connection: sa.Connection, new: NewVersion, sha256: str) -> Ve
         bytes_up=new.bytes_up,
         seconds=new.seconds,
     )
+    edges = _edges_of_round(connection, new, closed.parent_id)
     version_id = _insert_version(connection, new, sha256)
-    if closed.parent_id is not None:
-        edge = {"child_id": version_id, "parent_id": closed.parent_id, "kind": "parent", "coefficient": 1.0}
-        connection.execute(sa.insert(t.lineage).values(**edge))
+    _draw(connection, version_id, edges)
     scores = [{"version_id": version_id, "key": key, "value": value} for key, value in metrics(new.metrics).items()]
     if scores:
         connection.execute(sa.insert(t.metric), scores)
@@ -45,20 +47,12 @@ def publish_round(connection: sa.Connection, new: NewVersion, sha256: str) -> Ve
     return versions.load(connection, t.version.c.id == version_id)[0]
 
 
-def published(connection: sa.Connection, new: NewVersion | NewImport, sha256: str) -> Version | None:
-    """Return the version that was published of this by a transaction nobody heard of, if there is one."""
-    made = t.version.c.adapter_name == new.adapter, t.version.c.blob_sha256 == sha256
-    if isinstance(new, NewVersion):
-        of_round = t.version.c.run_id == new.run_id, t.version.c.round == new.round_number
-        return next(iter(versions.load(connection, *made, *of_round)), None)
-    newest = sa.select(sa.func.max(t.version.c.version)).filter_by(adapter_name=new.adapter).scalar_subquery()
-    return next(iter(versions.load(connection, *made, t.version.c.version == newest)), None)
-
-
 def publish_import(connection: sa.Connection, new: NewImport, sha256: str) -> Version:
-    """Publish an adapter that no run made as the next version of its name; it has no parents.
+    """Publish an adapter that no run made as the next version of its name.
 
     Raises:
+        AdapterNotFound: There is no such parent.
+        RegistryError: A parent is named twice, or its coefficient is no number.
         VersionConflict: The adapter's newest version is not the one expected.
     """
     rounds.add_base_model(connection, new.base_sha256, name=new.base_model, source=new.base_source)
@@ -73,8 +67,43 @@ def publish_import(connection: sa.Connection, new: NewImport, sha256: str) -> Ve
         "round": None,
         "recipe": json_value(new.recipe),
     }
+    edges = list(_edges(connection, new.parents))
     version_id = _insert_next(connection, new, sha256, values)
+    _draw(connection, version_id, edges)
     return versions.load(connection, t.version.c.id == version_id)[0]
+
+
+def _edges(connection: sa.Connection, parents: Sequence[Parent]) -> Iterator[dict[str, object]]:
+    seen = set[tuple[int, str]]()
+    for parent in parents:
+        if parent.kind not in get_args(ParentKind) or real(parent.coefficient) is None:
+            raise RegistryError(
+                f"expected a parent of kind {', '.join(get_args(ParentKind))} with a finite coefficient, got {parent}"
+            )
+        parent_id = versions.resolve(connection, parent.ref).id
+        if (parent_id, parent.kind) in seen:
+            raise RegistryError(
+                f"{parent.ref} is named twice as a parent of kind {parent.kind}; add its coefficients up"
+            )
+        seen.add((parent_id, parent.kind))
+        yield {"parent_id": parent_id, "kind": parent.kind, "coefficient": float(parent.coefficient)}
+
+
+def _edges_of_round(connection: sa.Connection, new: NewVersion, trained_on: int | None) -> list[dict[str, object]]:
+    edges = list(_edges(connection, new.parents))
+    if trained_on is None or trained_on in {edge["parent_id"] for edge in edges}:
+        return edges
+    if edges:
+        raise RegistryError(
+            f"the clients of round {new.round_number} of run {new.run_id} trained on another version than the parents "
+            f"{', '.join(parent.ref for parent in new.parents)}; name it among them"
+        )
+    return [{"parent_id": trained_on, "kind": "parent", "coefficient": 1.0}]
+
+
+def _draw(connection: sa.Connection, version_id: int, edges: Sequence[Mapping[str, object]]) -> None:
+    if edges:
+        connection.execute(sa.insert(t.lineage), [{"child_id": version_id, **edge} for edge in edges])
 
 
 def _require_run(connection: sa.Connection, new: NewVersion) -> None:

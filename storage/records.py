@@ -9,6 +9,7 @@ RunState = Literal["running", "finished", "failed"]
 RoundState = Literal["open", "committed", "failed"]
 SubmissionStatus = Literal["accepted", "rejected", "late", "quarantined"]
 Exactness = Literal["exact", "truncated", "approximate", "behavioural"]
+ParentKind = Literal["parent", "round", "stack", "merge", "task", "forget", "import"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +79,24 @@ class Submission:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Parent:
+    """One version that another is made of.
+
+    Attributes:
+        ref: The version: ``name/3``, ``name@alias``, or ``name`` for its newest.
+        kind: How it went in. ``parent``: the clients of a round trained on it. ``round``: it is the result of another
+            round. ``stack``: its factors are blocks of the new ones. ``merge``: it is a term of a weighted sum.
+            ``task``: it is what was learned of an earlier task. ``forget``: something of it was taken out. ``import``:
+            it was exported, changed elsewhere, and imported again.
+        coefficient: Share of it; negative where it was subtracted.
+    """
+
+    ref: str
+    kind: ParentKind
+    coefficient: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NewVersion:
     """The result of a round, as it is to be published.
 
@@ -100,6 +119,8 @@ class NewVersion:
         seconds: Wall-clock time of the round.
         expected_head: Reference of what must be the adapter's newest version, ``""`` where there must be none yet;
             ``None`` where it does not matter.
+        parents: What it is made of, if that is more than the version that the round's clients trained on, which must
+            then be among them.
     """
 
     run_id: str
@@ -119,6 +140,7 @@ class NewVersion:
     bytes_up: int = 0
     seconds: float = 0.0
     expected_head: str | None = None
+    parents: Sequence[Parent] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,6 +156,7 @@ class NewImport:
         rank: Largest rank of any layer.
         recipe: ``task``, ``labels`` and what it was imported from.
         expected_head: As in :class:`NewVersion`.
+        parents: Versions that it is made of; by default it has none.
     """
 
     adapter: str
@@ -144,6 +167,7 @@ class NewImport:
     rank: int
     recipe: Mapping[str, object] = field(default_factory=dict)
     expected_head: str | None = None
+    parents: Sequence[Parent] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,7 +179,7 @@ class Version:
         number: From 1, without gaps.
         sha256: Hash of the payload.
         bytes: Size of the payload.
-        kind: How it came to be: ``round``.
+        kind: How it came to be: ``round`` or ``import``.
         metrics: Scores; one that was not finite reads as NaN.
     """
 
@@ -336,3 +360,65 @@ class MetricHistory:
 
     metric: str
     points: Sequence[MetricPoint]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reservation:
+    """A release that is about to be made under differential privacy.
+
+    Attributes:
+        population: Whose budget it draws on.
+        run_id: The run that makes it.
+        round_number: And the round.
+        attempt: From 1; a round whose release came to nothing is tried again as another attempt, and paid again.
+        plan_sha256: Hash of the plan that it is made under.
+        epsilon: What all releases to this population cost with this one.
+        delta: At which.
+        budget: What they may cost.
+        noise_multiplier: As the account sees it.
+        sample_rate: As the account sees it.
+        library: That keeps the account, with its version.
+    """
+
+    population: str
+    run_id: str
+    round_number: int
+    attempt: int
+    plan_sha256: str
+    epsilon: float
+    delta: float
+    budget: float
+    noise_multiplier: float
+    sample_rate: float
+    library: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LedgerEntry:
+    """One row of the privacy ledger.
+
+    Attributes:
+        seq: From 1 in each population, without gaps.
+        state: ``reserved``, ``released`` or ``burned``.
+        release_sha256: Hash of what was released.
+        previous: Hash of the population's row before.
+        sha256: Hash of this one.
+    """
+
+    population: str
+    seq: int
+    at: datetime
+    state: str
+    run_id: str
+    round: int
+    attempt: int
+    plan_sha256: str
+    epsilon: float
+    delta: float
+    budget: float
+    noise_multiplier: float
+    sample_rate: float
+    library: str
+    release_sha256: str | None
+    previous: str
+    sha256: str

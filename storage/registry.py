@@ -21,6 +21,7 @@ from pomona.storage import (
     audit,
     consistency,
     histories,
+    ledger,
     lineage,
     publishing,
     references,
@@ -38,11 +39,13 @@ from pomona.storage.records import (
     AdapterSummary,
     AliasMove,
     Client,
+    LedgerEntry,
     LineageNode,
     MetricHistory,
     NewImport,
     NewSubmission,
     NewVersion,
+    Reservation,
     Round,
     Run,
     RunState,
@@ -59,10 +62,6 @@ _WRITERS = 8  # blobs that are written at once
 _ADAPTER_NAME = TypeAdapter(AdapterName)
 
 Result = TypeVar("Result")
-
-
-def _none(_connection: sa.Connection) -> None:
-    return None
 
 
 class Registry:
@@ -161,10 +160,7 @@ class Registry:
 
     def fail_round(self, run_id: str, number: int, reason: str) -> Round:
         """Close an open round without a version."""
-        return self._write(
-            lambda c: rounds.fail_round(c, run_id, number, reason),
-            done=lambda c: next((each for each in rounds.rounds(c, run_id, number) if each.state == "failed"), None),
-        )
+        return self._write(lambda c: rounds.fail_round(c, run_id, number, reason))
 
     def record_submission(self, new: NewSubmission) -> Submission:
         """Record a client's answer; when this returns, it is on disk.
@@ -212,10 +208,7 @@ class Registry:
         """
         sha256 = self.blobs.put(new.payload)
         reach("version-blob-written")
-        return self._write(
-            lambda c: publishing.publish_round(c, new, sha256),
-            done=lambda c: publishing.published(c, new, sha256),
-        )
+        return self._write(lambda c: publishing.publish_round(c, new, sha256))
 
     def publish_import(self, new: NewImport) -> Version:
         """Publish an adapter that no run made, with its base model; when this returns, it is on disk.
@@ -227,10 +220,7 @@ class Registry:
         """
         _check_name(new.adapter)
         sha256 = self.blobs.put(new.payload)
-        return self._write(
-            lambda c: publishing.publish_import(c, new, sha256),
-            done=lambda c: publishing.published(c, new, sha256),
-        )
+        return self._write(lambda c: publishing.publish_import(c, new, sha256))
 
     def run(self, run_id: str) -> Run:
         """Return one run; AdapterNotFound if there is none."""
@@ -322,10 +312,7 @@ class Registry:
             ConfigError: The alias is malformed.
             AdapterNotFound: There is no such version.
         """
-        return self._write(
-            lambda c: versions.set_alias(c, name, alias, version),
-            done=lambda c: versions.aliased(c, name, alias, version),
-        )
+        return self._write(lambda c: versions.set_alias(c, name, alias, version))
 
     def remove_alias(self, name: str, alias: str) -> None:
         """Delete an alias; the version stays."""
@@ -334,6 +321,27 @@ class Registry:
     def set_tag(self, ref: str, key: str, value: str) -> Version:
         """Attach a tag to a version, replacing one of the same key, and return the version."""
         return self._write(lambda c: versions.set_tag(c, ref, key, value))
+
+    def ledger(self, population: str | None = None) -> list[LedgerEntry]:
+        """Return the privacy ledger of a population, or of all, oldest first."""
+        return self._read(lambda c: ledger.entries(c, population))
+
+    def reserve_release(self, new: Reservation, *, expected_head: str) -> LedgerEntry:
+        """Write that a release under differential privacy is about to be made; when this returns, it is spent.
+
+        Raises:
+            VersionConflict: The population's ledger has grown since its head was ``expected_head``.
+            RegistryError: That attempt has a row already.
+        """
+        return self._write(lambda c: ledger.reserve(c, new, expected_head=expected_head))
+
+    def settle_release(self, reserved: LedgerEntry, *, release_sha256: str | None) -> LedgerEntry:
+        """Write how a reserved release ended: with these bytes, or with none.
+
+        Raises:
+            RegistryError: It was not reserved, or ended otherwise.
+        """
+        return self._write(lambda c: ledger.settle(c, reserved, release_sha256=release_sha256))
 
     def audit(self, *, after: int = 0) -> list[AuditRecord]:
         """Return the records of the audit log with a larger id, oldest first."""
@@ -368,7 +376,7 @@ class Registry:
         """
         lock = SessionLock(self._engine, f"run {run_id}")
         try:
-            yield lambda: until_done(lambda _unsure: lock.take(), patience_s=self._patience_s)
+            yield lambda: until_done(lock.take, patience_s=self._patience_s)
         finally:
             lock.release()
 
@@ -408,27 +416,29 @@ class Registry:
         return None
 
     def _read(self, work: Callable[[sa.Connection], Result]) -> Result:
-        def attempt(_unsure: bool) -> Result:
+        def attempt() -> Result:
             with reading(self._engine) as connection:
                 return work(connection)
 
         return until_done(attempt, patience_s=self._patience_s)
 
-    def _write(
-        self, work: Callable[[sa.Connection], Result], *, done: Callable[[sa.Connection], Result | None] = _none
-    ) -> Result:
+    def _write(self, work: Callable[[sa.Connection], Result]) -> Result:
         """Run ``work`` in a transaction, again where it came to nothing.
 
-        Args:
-            work: What to do; done twice, it must do nothing more, or be told by ``done``.
-            done: Returns the result of ``work`` where it was committed before, although nobody was told.
+        The connection can break between a commit and the word of it. Whether there was a commit is then read from the
+        audit log: it has the record that the transaction ended with, or has it not.
         """
+        ended: tuple[tuple[int, str], Result] | None = None
 
-        def attempt(unsure: bool) -> Result:
+        def attempt() -> Result:
+            nonlocal ended
             with writing(self._engine) as connection:
                 audit.wait_for_turn(connection)
-                before = done(connection) if unsure else None
-                return work(connection) if before is None else before
+                if ended is not None and audit.holds(connection, ended[0]):
+                    return ended[1]
+                result = work(connection)
+                ended = audit.head(connection), result
+            return result
 
         return until_done(attempt, patience_s=self._patience_s)
 

@@ -15,7 +15,6 @@ _NAME_LENGTH = 200
 REASON_LENGTH = 2000
 
 _ROUND = (t.round_.c.run_id == sa.bindparam("in_run"), t.round_.c.number == sa.bindparam("in_round"))
-_REF = t.version.c.adapter_name + "/" + sa.cast(t.version.c.version, sa.String(20))
 _LOCKED_ROUND = sa.select(t.round_).where(*_ROUND).with_for_update()
 
 
@@ -94,18 +93,24 @@ def runs(connection: sa.Connection, *where: sa.ColumnElement[bool]) -> list[Run]
 
 
 def finish_run(connection: sa.Connection, run_id: str, state: RunState, reason: str) -> Run:
-    """Record how a run ended."""
-    run(connection, run_id)
-    ended = {"state": state, "reason": text(reason, limit=REASON_LENGTH), "finished_at": datetime.now(UTC)}
+    """Record how a run ended, once."""
+    before = run(connection, run_id)
+    reason = text(reason, limit=REASON_LENGTH)
+    if (before.state, before.reason) == (state, reason):
+        return before
+    ended = {"state": state, "reason": reason, "finished_at": datetime.now(UTC)}
     connection.execute(sa.update(t.run).where(t.run.c.id == run_id).values(**ended))
     audit.append(connection, f"run-{state}", run_id)
     return run(connection, run_id)
 
 
 def set_initial_metrics(connection: sa.Connection, run_id: str, values: Mapping[str, float]) -> None:
-    """Record the scores before the first round."""
+    """Record the scores before the first round, once."""
     run(connection, run_id)
-    connection.execute(sa.update(t.run).where(t.run.c.id == run_id).values(initial_metrics=metrics(values)))
+    scores = metrics(values)
+    if connection.scalar(sa.select(t.run.c.initial_metrics).where(t.run.c.id == run_id)) == scores:
+        return
+    connection.execute(sa.update(t.run).where(t.run.c.id == run_id).values(initial_metrics=scores))
     audit.append(connection, "run-scored", run_id)
 
 
@@ -127,6 +132,9 @@ def enrol_client(
         "excluded": text(excluded, limit=REASON_LENGTH),
     }
     known = (t.client.c.run_id == run_id, t.client.c.name == name)
+    before = connection.execute(sa.select(t.client).where(*known)).mappings().first()
+    if before is not None and {key: before[key] for key in facts} == facts:
+        return Client(**before)
     if not connection.execute(sa.update(t.client).where(*known).values(**facts)).rowcount:
         connection.execute(sa.insert(t.client).values(run_id=run_id, name=name, **facts))
     audit.append(connection, "client-enrolled", f"{run_id}: {name}", rank=facts["rank"], excluded=bool(excluded))
@@ -184,7 +192,9 @@ def close_round(
     """
     row = lock_round(connection, run_id, number)
     if row.state != "open":
-        won = connection.scalar(sa.select(_REF).where(t.version.c.run_id == run_id, t.version.c.round == number))
+        won = connection.scalar(
+            sa.select(versions.REF).where(t.version.c.run_id == run_id, t.version.c.round == number)
+        )
         what = f"{row.state} already{f' as {won}' if won else ''}"
         raise VersionConflict(f"round {number} of run {run_id} is {what}; it was closed before")
     values_at = {**values, "closed_at": datetime.now(UTC)}
@@ -231,7 +241,7 @@ def lock_round(connection: sa.Connection, run_id: str, number: int) -> sa.Row[tu
 def rounds(connection: sa.Connection, run_id: str, number: int | None = None) -> list[Round]:
     """Return the rounds of a run, or one of them, with what they published."""
     query = (
-        sa.select(t.round_, _REF.label("parent"))
+        sa.select(t.round_, versions.REF.label("parent"))
         .outerjoin(t.version, t.version.c.id == t.round_.c.parent_id)
         .where(t.round_.c.run_id == run_id)
         .order_by(t.round_.c.number)

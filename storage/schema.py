@@ -12,11 +12,12 @@ from alembic import command
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from sqlalchemy.exc import IntegrityError
 
-from pomona.errors import RegistryUnavailable, SchemaTooNew
+from pomona.errors import RegistryDamaged, RegistryUnavailable, SchemaTooNew
+from pomona.storage.audit import ADVISORY_LOCK
 from pomona.storage.engine import keep_log, reading, without_foreign_keys, writing
 
-_ADVISORY_LOCK = 0x706F6D6F6E61
 _one_thread = threading.Lock()  # alembic's `op` and `context` belong to the process
 
 
@@ -39,6 +40,7 @@ def prepare(engine: sa.Engine, *, lock: Path | None, read_only: bool) -> None:
     Raises:
         SchemaTooNew: The schema is unknown to this package; nothing was changed.
         RegistryUnavailable: The database cannot be used, or is older and may not be written.
+        RegistryDamaged: It is older and has rows that the schema of this package does not allow; nothing was changed.
     """
     config = alembic_config()
     head = ScriptDirectory.from_config(config).get_current_head()
@@ -52,13 +54,20 @@ def prepare(engine: sa.Engine, *, lock: Path | None, read_only: bool) -> None:
     with _one_thread, _file_lock(lock):
         if _revision(engine, config) != head:
             keep_log(engine)
-            _upgrade(engine, config)
+            try:
+                _upgrade(engine, config)
+            except IntegrityError as error:
+                why = " ".join(str(error.orig).split())
+                raise RegistryDamaged(
+                    f"the registry is from an older pomona and has rows that this one does not allow: {why}; nothing "
+                    "was changed: mend those rows by SQL, or restore a backup from before them, and open it again"
+                ) from error
 
 
 def _upgrade(engine: sa.Engine, config: Config) -> None:
     with without_foreign_keys(engine) as unbound, writing(unbound) as connection:
         if connection.dialect.name == "postgresql":
-            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_ADVISORY_LOCK)))
+            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(ADVISORY_LOCK)))
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
 

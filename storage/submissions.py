@@ -18,13 +18,14 @@ from pomona.storage import tables as t
 from pomona.storage.records import NewSubmission, Submission
 from pomona.storage.rounds import REASON_LENGTH, lock_round
 from pomona.storage.values import count, json_value, real, text
+from pomona.storage.versions import REF
 
 _NAME_LENGTH = 200
 _NONCE_LENGTH = 64
 
 # what is asked for every group is built once: building takes ten times as long as running
-_REF = t.version.c.adapter_name + "/" + sa.cast(t.version.c.version, sa.String(20))
-_SUBMISSIONS = sa.select(t.submission, _REF.label("version")).outerjoin(t.version).order_by(t.submission.c.id)
+_SUBMISSIONS = sa.select(t.submission, REF.label("version")).outerjoin(t.version).order_by(t.submission.c.id)
+_MADE = t.version.alias("made")
 _IN_RUN = t.submission.c.run_id == sa.bindparam("in_run")
 _OF_CLIENTS = _SUBMISSIONS.where(
     _IN_RUN,
@@ -160,6 +161,16 @@ def of_run(
     if number is not None:
         query = query.where(t.submission.c.round == number)
     return [submission(row) for row in connection.execute(query)]
+
+
+def of_versions(connection: sa.Connection, ids: sa.Select[tuple[int]]) -> dict[int, list[Submission]]:
+    """Return what clients sent for the rounds that made versions, by the id of the version, in the order they came."""
+    of_round = (_MADE.c.run_id == t.submission.c.run_id) & (_MADE.c.round == t.submission.c.round)
+    query = _SUBMISSIONS.add_columns(_MADE.c.id.label("made_id")).join(_MADE, of_round).where(_MADE.c.id.in_(ids))
+    found: dict[int, list[Submission]] = {}
+    for row in connection.execute(query):
+        found.setdefault(row.made_id, []).append(submission(row))
+    return found
 
 
 def submission(row: sa.Row[tuple[object, ...]]) -> Submission:

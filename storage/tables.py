@@ -2,7 +2,7 @@
 
 Only types that SQLite and PostgreSQL share are used, so one set of migrations serves both. Two partial
 unique indexes carry the promises about submissions: at most one accepted per client and round, and no nonce
-used twice.
+taken in twice, whether the update counts or is in quarantine.
 """
 
 from datetime import UTC, datetime
@@ -20,6 +20,8 @@ metadata = sa.MetaData(
 )
 
 ACCEPTED = sa.text("status = 'accepted'")
+RESERVED = sa.text("state = 'reserved'")
+SETTLED = sa.text("state <> 'reserved'")
 TAKEN_IN = sa.text("status IN ('accepted', 'quarantined')")
 SHORT_TAG_LENGTH = 200  # an index of PostgreSQL cannot hold the 5,000 characters that a tag may have
 SHORT_TAG = sa.text(f"length(value) <= {SHORT_TAG_LENGTH}")
@@ -200,6 +202,7 @@ lineage = sa.Table(
     sa.Column("kind", sa.String(20), primary_key=True),
     sa.Column("coefficient", sa.Double, nullable=False),
     sa.CheckConstraint("child_id > parent_id", name="parents_come_first"),
+    sa.CheckConstraint("kind IN ('parent', 'round', 'stack', 'merge', 'task', 'forget', 'import')", name="kind"),
     sa.Index("ix_lineage_edge_parent_id", "parent_id"),
 )
 
@@ -241,6 +244,50 @@ metric = sa.Table(
     sa.Column("key", sa.String(100), primary_key=True),
     sa.Column("value", sa.Double, nullable=True),
     sa.Index("ix_metric_key_value_version_id", "key", "value", "version_id"),
+)
+
+ledger = sa.Table(
+    "privacy_ledger",
+    metadata,
+    sa.Column("population", sa.String(100), primary_key=True),
+    sa.Column("seq", sa.Integer, primary_key=True, autoincrement=False),
+    _moment("at"),
+    sa.Column("state", sa.String(20), nullable=False),
+    sa.Column("run_id", sa.String(100), nullable=False),
+    sa.Column("round", sa.Integer, nullable=False),
+    sa.Column("attempt", sa.Integer, nullable=False),
+    _sha256("plan_sha256"),
+    sa.Column("epsilon", sa.Double, nullable=False),
+    sa.Column("delta", sa.Double, nullable=False),
+    sa.Column("budget", sa.Double, nullable=False),
+    sa.Column("noise_multiplier", sa.Double, nullable=False),
+    sa.Column("sample_rate", sa.Double, nullable=False),
+    _text("library"),
+    sa.Column("release_sha256", sa.String(64), nullable=True),
+    _sha256("previous"),
+    _sha256("sha256"),
+    sa.CheckConstraint("state IN ('reserved', 'released', 'burned')", name="state"),
+    sa.CheckConstraint("(release_sha256 IS NOT NULL) = (state = 'released')", name="release"),
+    sa.Index(
+        "uq_privacy_ledger_reserved",
+        "population",
+        "run_id",
+        "round",
+        "attempt",
+        unique=True,
+        sqlite_where=RESERVED,
+        postgresql_where=RESERVED,
+    ),
+    sa.Index(
+        "uq_privacy_ledger_settled",
+        "population",
+        "run_id",
+        "round",
+        "attempt",
+        unique=True,
+        sqlite_where=SETTLED,
+        postgresql_where=SETTLED,
+    ),
 )
 
 audit = sa.Table(

@@ -18,6 +18,8 @@ _ALIAS = re.compile(r"[a-z][a-z0-9_-]{0,63}")
 _TAG_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,99}")
 _TAG_LENGTH = 5000
 
+REF = t.version.c.adapter_name + "/" + sa.cast(t.version.c.version, sa.String(20))  # as it is named
+
 # built once: building a statement takes ten times as long as running it
 _AT_ONCE = 500
 _IDS: sa.BindParameter[int] = sa.bindparam("ids", expanding=True)
@@ -130,12 +132,6 @@ def set_alias(connection: sa.Connection, name: str, alias: str, number: int) -> 
     return resolve(connection, version.ref)
 
 
-def aliased(connection: sa.Connection, name: str, alias: str, number: int) -> Version | None:
-    """Return a version if the alias points at it."""
-    found = load(connection, t.version.c.adapter_name == name, t.version.c.version == number)
-    return next((version for version in found if alias in version.aliases), None)
-
-
 def remove_alias(connection: sa.Connection, name: str, alias: str) -> None:
     """Delete an alias; the version stays.
 
@@ -161,6 +157,8 @@ def set_tag(connection: sa.Connection, ref: str, key: str, value: str) -> Versio
     if len(value) > _TAG_LENGTH:
         raise ConfigError(f"expected a tag value of at most {_TAG_LENGTH} characters, got {len(value)}")
     version = resolve(connection, ref)
+    if version.tags.get(key) == text(value, limit=_TAG_LENGTH):
+        return version
     row = {"version_id": version.id, "key": key}
     connection.execute(sa.delete(t.tag).where(t.tag.c.version_id == version.id, t.tag.c.key == key))
     connection.execute(sa.insert(t.tag).values(**row, value=text(value, limit=_TAG_LENGTH)))

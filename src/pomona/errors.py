@@ -22,8 +22,9 @@ PomonaError (1)
 │   ├── NotEnoughClients (31)   fewer clients than the run needs joined, or answered
 │   ├── RunFailed (32)          the coordinator ended the run with an error
 │   └── ExportMismatch (33)     an exported folder does not score like the version it came from
-└── PayloadError (40)           bytes from the wire are not what they claim to be
-    └── UpdateRejected (41)     one client's update cannot be used (the round goes on)
+├── PayloadError (40)           bytes from the wire are not what they claim to be
+│   └── UpdateRejected (41)     one client's update cannot be used (the round goes on)
+└── PrivacyBudgetExhausted (50) a population's privacy would be spent beyond its budget
 
 Exit code 0 is success and 2 a usage error of the command line; ``docs/errors.md`` says what to do about each.
 """
@@ -191,3 +192,9 @@ class UpdateRejected(PayloadError):
         super().__init__(f"update from client {client!r} rejected: {reason}")
         self.client = client
         self.reason = reason
+
+
+class PrivacyBudgetExhausted(PomonaError):
+    """A release would spend more of a population's privacy than its budget; nothing was released."""
+
+    exit_code = 50

@@ -5,6 +5,7 @@
 
 import os
 import signal
+import threading
 from typing import Literal
 
 VARIABLE = "POMONA_FAILPOINT"
@@ -27,12 +28,15 @@ Place = Literal[
 ]
 
 _reached: dict[str, int] = {}
+_counting = threading.Lock()  # blobs are written by several threads
 
 
 def reach(place: Place) -> None:
     """Kill this process, with no chance to clean up, if the place and the number of times are the ones named."""
     if wanted := os.environ.get(VARIABLE):
         name, _, times = wanted.partition(":")
-        _reached[place] = _reached.get(place, 0) + 1
-        if name == place and _reached[place] == int(times or 1):
+        with _counting:
+            _reached[place] = _reached.get(place, 0) + 1
+            times_now = _reached[place]
+        if name == place and times_now == int(times or 1):
             os.kill(os.getpid(), signal.SIGKILL)

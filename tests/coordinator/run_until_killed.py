@@ -26,7 +26,7 @@ from pomona.datasets import Dataset, Task, load_dataset
 from pomona.errors import PomonaError, RegistryError
 from pomona.failpoints import VARIABLE
 from pomona.settings import RunSettings
-from pomona.storage import publishing, rounds, versions
+from pomona.storage import audit, publishing, rounds, submissions, versions
 from pomona.storage.opening import open_registry
 from pomona.storage.records import NewSubmission, NewVersion, Submission, Version
 from pomona.storage.registry import Registry
@@ -110,7 +110,7 @@ def set_clock(shift_s: float) -> None:
             return super().now(tz) + shift
 
     time.time = lambda: real() + shift_s
-    for module in (publishing, rounds, versions):
+    for module in (audit, publishing, rounds, submissions, versions):
         setattr(module, "datetime", Shifted)  # noqa: B010 - a name that the module imported
 
 

@@ -18,7 +18,7 @@ from pomona.client.trainer import Profile
 from pomona.coordinator import federation
 from pomona.coordinator.federation import run_federation
 from pomona.coordinator.recovery import only_coordinator
-from pomona.errors import NotEnoughClients, ServerGone
+from pomona.errors import AlreadyCoordinated, BlobWriteError, NotEnoughClients, ServerGone
 from pomona.failpoints import Place
 from pomona.settings import RunSettings
 from pomona.storage.opening import open_registry
@@ -169,6 +169,57 @@ def test_a_second_coordinator_of_a_run_is_refused_and_changes_nothing(
             assert "coordinated by another process" in (tmp_path / LOG).read_text()
             assert (registry.run(RUN), registry.rounds(RUN), registry.submissions(RUN)) == before
         assert lives.live(tmp_path, settings).code == 0, "the lock of one that was killed is free"
+
+
+def test_one_that_was_taken_over_does_not_end_the_run_of_the_other(
+    registry: Registry, settings: RunSettings, make_profile: MakeProfile
+) -> None:
+    """Whatever goes wrong with it then: it meets what the other has written."""
+    taken_over = False
+
+    def fails(_request: str, _answer: Answer) -> Reply:
+        nonlocal taken_over
+        taken_over = True
+        raise BlobWriteError("no space left")
+
+    def make_sure() -> None:
+        if taken_over:
+            raise AlreadyCoordinated("by another process")
+
+    with pytest.raises(AlreadyCoordinated):
+        run_federation(InProcessGrid(two(make_profile, fails)), settings, registry, run_id=RUN, make_sure=make_sure)
+    assert registry.run(RUN).state == "running"
+    assert [each.state for each in registry.rounds(RUN)] == ["open"]
+
+
+@pytest.mark.parametrize("fraction", [None, 1.0])
+def test_one_that_goes_on_waits_for_who_was_there_last(
+    fraction: float | None,
+    registry: Registry,
+    settings: RunSettings,
+    make_profile: MakeProfile,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Who left before is not waited for, unless cohorts are drawn: then it would be from fewer than before."""
+    cohort = settings.cohort.model_copy(update={"fraction": fraction})
+    settings = settings.model_copy(update={"rounds": 3, "cohort": cohort})
+
+    def die(reached: Place) -> None:
+        if reached == "version-published" and len(registry.versions(settings.name)) == 2:
+            raise ServerGone("as if it had died")
+
+    nodes = two(make_profile, lambda _request, answer: answer)
+    nodes[1].leaves_after = 1
+    with monkeypatch.context() as dying:
+        dying.setattr(federation, "reach", die)
+        with pytest.raises(ServerGone):
+            run_federation(InProcessGrid(nodes), settings, registry, run_id=RUN)
+    assert [list(each.cohort) for each in registry.rounds(RUN)] == [["client-0", "client-1"], ["client-0"]]
+    began = time.monotonic()
+    run_federation(InProcessGrid([Node(make_profile(0, count=2))]), settings, registry, run_id=RUN)
+    waited = time.monotonic() - began
+    assert registry.run(RUN).state == "finished"
+    assert (waited >= settings.cohort.join_timeout_s) == (fraction is not None)
 
 
 def test_a_database_that_restarts_in_mid_round_changes_nothing(

@@ -1,5 +1,6 @@
 """A coordinator that is killed loses nothing: the run goes on, and ends with the bytes it would have had anyway."""
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -7,14 +8,14 @@ from typing import get_args
 
 import httpx
 import pytest
-from tests.coordinator.grid import InProcessGrid
+from tests.coordinator.grid import Answer, InProcessGrid, Reply
 from tests.coordinator.lives import Lives
 from tests.coordinator.run_until_killed import JOURNAL, LOG, RUN, nodes
 from tests.invariants import Outside, Replay, broken_after_collection, broken_promises, read_journal
 
 from pomona.coordinator.federation import run_federation
 from pomona.coordinator.recovery import only_coordinator, resumable_run
-from pomona.errors import AdapterNotFound, AlreadyCoordinated, ConfigError, ServerGone
+from pomona.errors import AdapterNotFound, AlreadyCoordinated, ConfigError, RegistryUnavailable, ServerGone
 from pomona.failpoints import Place
 from pomona.settings import RunSettings
 from pomona.storage.opening import open_registry
@@ -174,6 +175,47 @@ def test_a_server_that_is_gone_leaves_the_run_open_and_blames_no_client(
         assert {each.status for each in registry.submissions(RUN)} <= {"accepted"}
         run_federation(InProcessGrid(nodes(tiny_bert, toy_data)), settings, registry, run_id=RUN)
         assert published(registry) == undisturbed["flora-bounded"]
+
+
+@pytest.mark.usefixtures("flower_task")
+@pytest.mark.parametrize(
+    "stops", [SystemExit(0), KeyboardInterrupt(), RegistryUnavailable("the database is away", passing=True)], ids=repr
+)
+def test_a_coordinator_that_is_stopped_leaves_the_run_open(
+    stops: BaseException, tiny_bert: Path, toy_data: Path, tmp_path: Path, undisturbed: dict[str, list[bytes]]
+) -> None:
+    """Flower makes SystemExit of SIGTERM, by which a server ends its processes when it is stopped itself."""
+    settings = settings_of("flora-bounded", tiny_bert, toy_data)
+    clients = nodes(tiny_bert, toy_data)
+
+    def stop(request: str, answer: Answer) -> Reply:
+        if json.loads(request)["round_number"] == 2:
+            raise stops
+        return answer
+
+    clients[1] = replace(clients[1], trains=stop)
+    with open_registry(tmp_path) as registry:
+        with pytest.raises(type(stops)):
+            run_federation(InProcessGrid(clients), settings, registry, run_id=RUN)
+        assert registry.run(RUN).state == "running"
+        assert [each.state for each in registry.rounds(RUN)] == ["committed", "open"]
+        run_federation(InProcessGrid(nodes(tiny_bert, toy_data)), settings, registry, run_id=RUN)
+        assert registry.run(RUN).state == "finished"
+        assert published(registry) == undisturbed["flora-bounded"]
+
+
+def test_bytes_are_those_of_all_lives(lives: Lives, settings: dict[str, RunSettings], tmp_path: Path) -> None:
+    """The killed one had three answers of the second round on disk, of which a client is not asked again for any."""
+    counted = []
+    for name, failpoint in [("quiet", ""), ("killed", "submission-recorded:5")]:
+        home = tmp_path / name
+        assert lives.live(home, settings["flora-bounded"], failpoint=failpoint).killed == bool(failpoint)
+        if failpoint:
+            assert lives.live(home, settings["flora-bounded"]).code == 0, (home / LOG).read_text()
+        with open_registry(home) as registry:
+            counted.append([(each.bytes_down, each.bytes_up) for each in registry.rounds(RUN)])
+    assert counted[0] == counted[1]
+    assert all(down > 0 and up > 0 for down, up in counted[0])
 
 
 def test_a_run_that_failed_can_be_resumed_and_one_that_finished_cannot(tmp_path: Path) -> None:

@@ -2,12 +2,15 @@
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from pomona.coordinator import launch
+from pomona.coordinator.following import follow
 from pomona.coordinator.server import Server, _only_server, find_server
 from pomona.errors import ProcessDied, ProcessError, RunFailed
 from pomona.processes import free_ports
@@ -72,7 +75,7 @@ def test_a_run_that_ends_while_flower_is_asked_has_ended_well(registry: Registry
         registry.finish_run("run-1", "finished")
         raise RunFailed("Flower ended the run (finished:completed)")
 
-    assert launch.follow(registry, "run-1", alive=ends_meanwhile, show=lambda _run: None).state == "finished"
+    assert follow(registry, "run-1", alive=ends_meanwhile, show=lambda _run: None).state == "finished"
 
 
 def test_a_run_that_flower_ended_and_nobody_wrote_down_has_failed(registry: Registry) -> None:
@@ -80,4 +83,11 @@ def test_a_run_that_flower_ended_and_nobody_wrote_down_has_failed(registry: Regi
         raise RunFailed("Flower ended the run (finished:failed)")
 
     with pytest.raises(RunFailed, match="finished:failed"):
-        launch.follow(registry, "run-1", alive=ended, show=lambda _run: None)
+        follow(registry, "run-1", alive=ended, show=lambda _run: None)
+
+
+def test_a_server_starts_without_torch() -> None:
+    """It takes two seconds to import, and no server computes anything."""
+    modules = "pomona.coordinator.launch, pomona.coordinator.metrics, pomona.coordinator.server, pomona.storage.opening"
+    code = f"import sys, pomona.cli.server, {modules}; sys.exit('torch' in sys.modules or 'flwr' in sys.modules)"
+    assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=False).returncode == 0

@@ -15,8 +15,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 from tests.integration.conftest import Terminal, last_json, stop, wait_until, write_rows, write_run_file
+from tests.invariants import Outside, Replay, broken_promises
 
 from pomona.processes import free_ports
+from pomona.settings import RunSettings
+from pomona.storage.opening import open_registry
+from pomona.storage.records import Run
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -82,8 +86,10 @@ def test_a_run_ends_with_an_error_when_all_clients_die(
     terminal.expect_no_process()
 
 
-def test_a_killed_server_goes_on_where_it_was(
-    terminal: Terminal, tmp_path: Path, tiny_bert: Path, toy_data: Path
+@pytest.mark.timeout(700)
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM])
+def test_a_server_that_was_killed_or_stopped_goes_on_where_it_was(
+    kind: signal.Signals, terminal: Terminal, tmp_path: Path, tiny_bert: Path, toy_data: Path
 ) -> None:
     home, rounds = tmp_path / "home", 5
     server, address = _serve(terminal, home)
@@ -100,29 +106,70 @@ def test_a_killed_server_goes_on_where_it_was(
     run_file.write_text(run_file.read_text().replace("rounds = 2", f"rounds = {rounds}"))
     run = terminal.start("run", "run", str(run_file), "--home", str(home), "--json")
     terminal.wait_for_text("site-0", "round 2", timeout_s=180)
-    stop(server, kind=signal.SIGKILL)
+    assert stop(server, kind=kind) == {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 0}[kind]
     assert run.wait(timeout=60) == 23, terminal.output("run").read_text()
+    before = _accepted(home)
 
     port = address.rsplit(":", 1)[1]
     again = terminal.start("again", "server", "--home", str(home), "--port", port, "--insecure")
     terminal.wait_for_text("again", "going on with run", timeout_s=90)
-
-    def state() -> str:
-        runs = json.loads(terminal.run("registry", "runs", "--home", str(home), "--json").stdout)
-        return str(runs[0]["state"])
-
-    wait_until(lambda: state() != "running", what="the end of the run", timeout_s=240)
-    assert state() == "finished"
-    versions = json.loads(terminal.run("registry", "versions", "toy", "--home", str(home), "--json").stdout)
-    assert sorted(each["round_number"] for each in versions) == list(range(1, rounds + 1))
-    assert all(
-        [each["status"] for each in json.loads(shown.stdout)["submissions"]] == ["accepted"] * 2
-        for shown in [terminal.run("registry", "show", "toy/3", "--home", str(home), "--json")]
-    )
+    followed = terminal.run("run", "--resume", "latest", "--home", str(home), "--json", timeout_s=400.0)
+    assert followed.returncode == 0, "it is followed, whichever of the two has started it: " + followed.stdout
+    assert last_json(followed.stdout)["adapter"] == f"toy/{rounds}"
+    assert before
+    assert before <= _accepted(home)
+    assert len(_accepted(home)) == 2 * rounds, "nobody is counted twice"
+    _expect_kept_promises(home, orphans=2)
     for client in clients:
         stop(client)
     assert stop(again) == 0
     terminal.expect_no_process()
+
+
+def test_an_interrupted_run_is_stopped_and_can_be_resumed(
+    terminal: Terminal, tmp_path: Path, tiny_bert: Path, toy_data: Path
+) -> None:
+    home = tmp_path / "home"
+    server, address = _serve(terminal, home)
+    client = _join(terminal, address, "only", write_rows(tmp_path / "0.csv", toy_data, part=0, of=1), tiny_bert)
+    run_file = write_run_file(tmp_path / "run.toml", model=tiny_bert, data=toy_data)
+    run_file.write_text(run_file.read_text().replace("rounds = 2", "rounds = 4"))
+    run = terminal.start("run", "run", str(run_file), "--home", str(home), "--json")
+    terminal.wait_for_text("only", "round 1", timeout_s=120)
+    assert stop(run, timeout_s=60) == 130
+    (ended,) = _runs(home)
+    assert f"go on with it by: pomona run --resume {ended.id}" in terminal.output("run.err").read_text()
+    assert (ended.state, ended.reason[:17]) == ("failed", "KeyboardInterrupt")
+    done = terminal.run("run", "--resume", ended.id, "--home", str(home), "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert last_json(done.stdout)["adapter"] == "toy/4"
+    _expect_kept_promises(home, orphans=1)
+    stop(client)
+    assert stop(server) == 0
+    terminal.expect_no_process()
+
+
+def _runs(home: Path) -> list[Run]:
+    with open_registry(home) as registry:
+        return registry.runs()
+
+
+def _accepted(home: Path) -> set[tuple[int, str, str]]:
+    """Return round, client and hash of every update that counts."""
+    with open_registry(home) as registry:
+        sent = registry.submissions(registry.runs()[0].id)
+        return {(each.round_number, each.client, each.sha256) for each in sent if each.status == "accepted"}
+
+
+def _expect_kept_promises(home: Path, *, orphans: int) -> None:
+    """Fail unless the one run there is kept its promises, and aggregating its rounds again gives their bytes.
+
+    A process that was ended may have had so many updates on disk that it was about to record.
+    """
+    with open_registry(home) as registry:
+        (run,) = registry.runs()
+        known = Outside(replay=Replay(RunSettings.model_validate_json(run.settings_json)), orphans=orphans)
+        assert not broken_promises(registry, run.id, known)
 
 
 def test_tls_with_a_private_authority(terminal: Terminal, tmp_path: Path, tiny_bert: Path, toy_data: Path) -> None:

@@ -4,7 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.integration.conftest import Terminal, last_json, write_run_file
+from tests.integration.conftest import Terminal, last_json, wait_until, write_run_file
+
+from pomona.coordinator.recovery import coordinated
+from pomona.storage.opening import open_registry
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -26,11 +29,12 @@ def test_a_hundred_clients(terminal: Terminal, tmp_path: Path, tiny_bert: Path, 
     lines = ["[simulation]\nranks = [2, 4, 8]", "[aggregation]\nmax_rank = 16"]
     run_file = write_run_file(tmp_path / "run.toml", model=tiny_bert, data=many_rows, lines=lines)
     home = tmp_path / "home"
-    done = terminal.run(
-        "simulate", str(run_file), "--clients", str(CLIENTS), "--home", str(home), "--json", timeout_s=500
+    process = terminal.start(
+        "simulate", "simulate", str(run_file), "--clients", str(CLIENTS), "--home", str(home), "--json"
     )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    found = last_json(done.stdout)
+    wait_until(lambda: _coordinated(home), what="the lock that keeps a server from the run", timeout_s=120)
+    assert process.wait(timeout=500) == 0, terminal.output("simulate.err").read_text()[-2000:]
+    found = last_json(terminal.output("simulate").read_text())
     clients = found["clients"]
     assert isinstance(clients, list)
     assert len(clients) == CLIENTS
@@ -40,6 +44,13 @@ def test_a_hundred_clients(terminal: Terminal, tmp_path: Path, tiny_bert: Path, 
     submissions = json.loads(terminal.run("registry", "show", "toy/1", "--home", str(home), "--json").stdout)
     assert json.dumps(submissions).count('"accepted"') == CLIENTS
     terminal.expect_no_process()
+
+
+def _coordinated(home: Path) -> bool:
+    if not home.exists():
+        return False
+    with open_registry(home) as registry:
+        return [coordinated(registry, run.id) for run in registry.runs()] == ["here"]
 
 
 def test_a_cohort_that_cannot_be_met_is_refused(terminal: Terminal, tmp_path: Path) -> None:

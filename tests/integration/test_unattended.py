@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 from tests.integration.conftest import Terminal, stop, write_run_file
+from tests.invariants import Outside, Replay, broken_promises
 
 from pomona.processes import free_ports
+from pomona.settings import RunSettings
+from pomona.storage.opening import open_registry
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -42,6 +45,36 @@ def test_a_run_starts_by_itself_once_and_simulated_clients_share_its_data(
     assert stop(again) == 0
     runs = json.loads(terminal.run("registry", "runs", "--home", str(home), "--json").stdout)
     assert [each["state"] for each in runs] == ["finished"]
+    terminal.expect_no_process()
+
+
+def test_a_run_whose_process_is_killed_alone_goes_on(
+    terminal: Terminal, tmp_path: Path, tiny_bert: Path, toy_data: Path
+) -> None:
+    """As where memory runs out: the server lives, and so does Flower."""
+    (port,) = free_ports(1)
+    home, claims = tmp_path / "home", tmp_path / "claims"
+    lines = ["[cohort]\nmin_clients = 1", "[simulation]\nranks = [4]"]
+    run_file = write_run_file(tmp_path / "run.toml", model=tiny_bert, data=toy_data, lines=lines)
+    run_file.write_text(run_file.read_text().replace("rounds = 2", "rounds = 4"))
+    serve = ("server", "--home", str(home), "--port", str(port), "--insecure", "--run", str(run_file))
+    server = terminal.start("server", *serve)
+    arguments = ["--server", f"127.0.0.1:{port}", "--clients", "1", "--claims", str(claims), "--insecure"]
+    client = terminal.start("any", "simulated-client", str(run_file), *arguments)
+    terminal.wait_for_text("server", "version toy/1", timeout_s=240)
+    (process,) = [each for each in terminal.processes() if "flwr-serverapp" in " ".join(each.cmdline())]
+    process.kill()
+    terminal.wait_for_text("server", "has lost its process; going on with it", timeout_s=60)
+    said = terminal.wait_for_text("server", ": finished", timeout_s=240)
+    assert said.count("version toy/4") == 1
+    assert said.count("has lost its process") == 1
+    with open_registry(home) as registry:
+        (run,) = registry.runs()
+        replay = Replay(RunSettings.model_validate_json(run.settings_json))
+        assert len(registry.versions("toy")) == 4
+        assert not broken_promises(registry, run.id, Outside(replay=replay, orphans=1))
+    assert stop(client) == 0
+    assert stop(server) == 0
     terminal.expect_no_process()
 
 

@@ -1,5 +1,7 @@
 """The audit log has one record of each change, and a change of the log shows."""
 
+import os
+import pwd
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -53,7 +55,9 @@ def test_what_was_done_before_or_refused_has_none(
 ) -> None:
     registry.open_round("run-1", 1, parent=None, cohort=["anna"])
     registry.record_submission(submission())
+    registry.set_initial_metrics("run-1", {"accuracy": 0.1, "loss": float("nan")})
     before = told(registry)
+    registry.set_initial_metrics("run-1", {"accuracy": 0.1, "loss": float("nan")})
     registry.add_base_model("b" * 64, "tiny-base", "a test")
     registry.start_run(run_id="run-1", adapter="demo", base_sha256="b" * 64, settings_json="{}")
     registry.open_round("run-1", 1, parent=None, cohort=["anna"])
@@ -73,6 +77,16 @@ def test_a_record_says_what_changed_and_who_did_it(registry: Registry, publish: 
     assert found["alias-set"].details == {"version": 1}
     assert found["alias-set"].actor
     assert found["alias-set"].at.utcoffset() is not None
+
+
+def test_the_actor_is_the_account_whatever_the_surroundings_say(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.setenv(name, "somebody-else")
+    audit._actor.cache_clear()
+    registry.log_event("looked-after", "nothing")
+    assert registry.audit()[-1].actor == pwd.getpwuid(os.geteuid()).pw_name
 
 
 def test_each_record_follows_on_the_one_before(registry: Registry, publish: Publish) -> None:

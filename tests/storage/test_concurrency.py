@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy import event
 from tests.storage.conftest import BASE, new_version
 
-from pomona.errors import AdapterNotFound, BlobWriteError, VersionConflict
+from pomona.errors import AdapterNotFound, BlobWriteError, RegistryError, VersionConflict
 from pomona.storage import tables as t
 from pomona.storage.opening import open_registry
 from pomona.storage.records import NewImport, NewSubmission, Submission, Version
@@ -93,6 +93,42 @@ def test_of_publishers_that_expect_one_head_the_first_wins(registry: Registry, p
     assert registry.rounds(loser)[0].state == "open"
     again = registry.publish_round(replace(new_version(run_id=loser), expected_head="demo/2"))
     assert again.ref == "demo/3"
+
+
+def test_who_looks_while_a_round_is_published_sees_it_before_or_after(registry: Registry, home: Path) -> None:
+    """Several statements read a round: it is never committed, and without its version."""
+    registry.open_round("run-1", 1, parent=None, cohort=[])
+    published: list[Version] = []
+    with open_registry(home) as other:
+
+        def publish_between(_c: object, _cursor: object, statement: str, *_more: object) -> None:
+            if statement.startswith("SELECT version.") and not published:
+                published.append(other.publish_round(new_version()))
+
+        event.listen(registry._engine, "after_cursor_execute", publish_between)
+        (seen,) = registry.rounds("run-1")
+        event.remove(registry._engine, "after_cursor_execute", publish_between)
+    assert published
+    assert (seen.state, seen.version) == ("open", None)
+    (after,) = registry.rounds("run-1")
+    assert (after.state, after.version) == ("committed", published[0])
+
+
+def test_a_rule_that_is_broken_is_named_and_not_tried_again(registry: Registry) -> None:
+    """It is no contest that somebody else won."""
+    registry.open_round("run-1", 1, parent=None, cohort=[])
+    tried: list[str] = []
+
+    def note(_c: object, _cursor: object, statement: str, *_more: object) -> None:
+        tried.extend([statement] if statement.startswith("INSERT INTO version") else [])
+
+    event.listen(registry._engine, "before_cursor_execute", note)
+    wrong = replace(new_version(), exactness="wrong")  # type: ignore[arg-type]
+    with pytest.raises(RegistryError, match="ck_version_exactness") as caught:
+        registry.publish_round(wrong)
+    assert type(caught.value) is RegistryError
+    assert len(tried) == 1
+    assert registry.rounds("run-1")[0].state == "open"
 
 
 def test_of_processes_that_expect_one_head_the_first_wins(registry: Registry, publish: Publish, home: Path) -> None:

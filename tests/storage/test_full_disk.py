@@ -1,5 +1,9 @@
-"""A disk that is really full, or becomes read-only: a small file system in a namespace of the test's own."""
+"""A disk that is really full, or becomes read-only: a small file system in a namespace of the test's own.
 
+``POMONA_TEST_FULL_DISK=required`` makes it an error where no namespace can be made.
+"""
+
+import os
 import subprocess
 import sys
 import textwrap
@@ -130,7 +134,8 @@ with open_registry(disk / "home") as registry:
 )
 def test_what_does_not_fit_leaves_nothing_and_what_was_there_stays(story: str, tmp_path: Path) -> None:
     if subprocess.run([*NAMESPACE, "true"], check=False, capture_output=True).returncode:
-        pytest.skip("NOT TESTED ON A FULL DISK: no user namespace can be made here (needs Linux and unshare)")
+        why = "NOT TESTED ON A FULL DISK: no user namespace can be made here (needs Linux and unshare)"
+        (pytest.fail if os.environ.get("POMONA_TEST_FULL_DISK") == "required" else pytest.skip)(why)
     for name in ("disk", "blobs"):
         (tmp_path / name).mkdir()
     code = textwrap.dedent(BEGINNING + story)

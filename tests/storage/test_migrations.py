@@ -18,9 +18,10 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy.engine.interfaces import ReflectedIndex
 
-from pomona.errors import RegistryUnavailable, SchemaTooNew
+from pomona.errors import RegistryDamaged, RegistryUnavailable, SchemaTooNew
 from pomona.storage.engine import create_engine
 from pomona.storage.opening import open_registry
+from pomona.storage.registry import Registry
 from pomona.storage.schema import alembic_config
 from pomona.storage.tables import metadata
 
@@ -105,6 +106,79 @@ def test_an_older_registry_keeps_its_rows(home: Path) -> None:
         assert connection.execute("PRAGMA foreign_key_check").fetchall() == []
         with pytest.raises(sqlite3.IntegrityError, match="a version is never changed"):
             connection.execute("UPDATE version SET rank = 5")
+
+
+def _one_round(connection: sa.Connection) -> None:
+    for statement in (
+        "INSERT INTO adapter VALUES ('demo', '2026-01-01')",
+        "INSERT INTO base_model VALUES ('b', 'b', 'b', '2026-01-01')",
+        "INSERT INTO run VALUES ('run-1', 'demo', '{}', 'b', 'running', '', '2026-01-01', NULL, '{}')",
+        "INSERT INTO round VALUES ('run-1', 1, 'open', '', NULL, '[]', 2, '2026-01-01', NULL, 0, 0, 0.0, NULL)",
+    ):
+        connection.execute(sa.text(statement))
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def older(request: pytest.FixtureRequest, home: Path) -> sa.Engine:
+    """An empty database, at which ``open_registry`` finds what was made of it."""
+    home.mkdir()
+    url = request.getfixturevalue("url") if request.param == "postgresql" else f"sqlite:///{home / 'registry.db'}"
+    return create_engine(url, read_only=False)
+
+
+def upgraded(connection: sa.Connection, revision: str) -> None:
+    config = alembic_config()
+    config.attributes["connection"] = connection
+    command.upgrade(config, revision)
+
+
+def opened_again(engine: sa.Engine, home: Path) -> Registry:
+    return open_registry(home, url=engine.url.render_as_string(hide_password=False))
+
+
+def test_a_registry_with_rows_that_are_no_longer_allowed_is_left_alone_with_a_reason(
+    older: sa.Engine, home: Path
+) -> None:
+    """A coordinator from before 0008 refused such a pair, other writers need not have."""
+    with older.begin() as connection:
+        upgraded(connection, "0007")
+        _one_round(connection)
+        insert = sa.text(
+            "INSERT INTO submission (run_id, round, client, sha256, bytes, nonce, status, reason, received_at) "
+            "VALUES ('run-1', 1, :client, 'a', 1, 'n', :status, '', '2026-01-01 00:00:00')"
+        )
+        pair = [{"client": "anna", "status": "accepted"}, {"client": "bert", "status": "quarantined"}]
+        connection.execute(insert, pair)
+    with pytest.raises(RegistryDamaged, match=r"nonce.*nothing was changed: mend those rows"):
+        opened_again(older, home)
+    with older.begin() as connection:
+        assert connection.scalar(sa.text("SELECT version_num FROM alembic_version")) == "0007"
+        assert connection.scalar(sa.text("SELECT count(*) FROM submission")) == 2
+        connection.execute(sa.text("UPDATE submission SET nonce = 'm' WHERE client = 'bert'"))
+    older.dispose()
+    with opened_again(older, home) as registry:
+        assert [each.nonce for each in registry.submissions("run-1")] == ["n", "m"]
+
+
+def test_parents_from_before_their_kinds_were_checked_are_kept(older: sa.Engine, home: Path) -> None:
+    with older.begin() as connection:
+        upgraded(connection, "0009")
+        _one_round(connection)
+        insert = sa.text(
+            "INSERT INTO version (adapter_name, version, blob_sha256, bytes, base_sha256, rank, kind, exactness, "
+            "retained_energy, recipe, created_at) "
+            "VALUES ('demo', :number, 'c', 1, 'b', 4, 'import', 'exact', 1.0, '{}', '2026-01-01 00:00:00')"
+        )
+        connection.execute(insert, [{"number": 1}, {"number": 2}])
+        connection.execute(sa.text("INSERT INTO lineage_edge VALUES (2, 1, 'parent', 1.0)"))
+    older.dispose()
+    with opened_again(older, home) as registry:
+        (parent,) = registry.lineage("demo/2").parents
+        assert (parent.version.ref, parent.kind, parent.coefficient) == ("demo/1", "parent", 1.0)
+        assert registry.contradictions() == []
+    with older.begin() as connection:
+        assert connection.execute(sa.text("SELECT child, parent FROM lineage")).all() == [("demo/2", "demo/1")]
+    older.dispose()
 
 
 def test_a_newer_registry_is_refused_and_left_alone(home: Path) -> None:

@@ -15,8 +15,9 @@ from sqlalchemy.pool import PoolProxiedConnection
 from tests.postgresql import Server, fresh_database, own_server
 
 from pomona.coordinator.recovery import only_coordinator
-from pomona.errors import AlreadyCoordinated, RegistryUnavailable, VersionConflict
+from pomona.errors import AdapterNotFound, AlreadyCoordinated, RegistryUnavailable, VersionConflict
 from pomona.storage import engine as engines
+from pomona.storage.engine import SessionLock
 from pomona.storage.opening import open_registry
 from pomona.storage.records import NewImport, NewSubmission, NewVersion
 from pomona.storage.registry import Registry
@@ -68,17 +69,21 @@ def cut_off(url: str) -> None:
 
 
 def lose_the_word_of_a_commit(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Let the next commit be done and the connection break before anybody hears of it, once."""
-    dialect, lost = registry._engine.dialect, list[str]()
+    """Let the next commit of a change be done and the connection break before anybody hears of it, once."""
+    dialect, changed, lost = registry._engine.dialect, list[str](), list[str]()
     commit = dialect.do_commit
+
+    def note(_connection: object, _cursor: object, statement: str, *_more: object) -> None:
+        changed.extend([statement] if statement.startswith("INSERT INTO audit") else [])
 
     def commit_and_break(connection: PoolProxiedConnection) -> None:
         commit(connection)
-        if not lost and connection.dbapi_connection is not None:
+        if changed and not lost and connection.dbapi_connection is not None:
             lost.append("lost")
             connection.dbapi_connection.close()
             raise psycopg.OperationalError("server closed the connection unexpectedly")
 
+    event.listen(registry._engine, "after_cursor_execute", note)
     monkeypatch.setattr(dialect, "do_commit", commit_and_break)
     return lost
 
@@ -135,10 +140,12 @@ def test_a_connection_that_is_cut_within_a_transaction_leaves_nothing_of_it(
 def test_an_update_whose_commit_nobody_heard_of_counts_once(
     registry: Registry, submission: Submit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    before = len(registry.audit())
     lost = lose_the_word_of_a_commit(registry, monkeypatch)
     receipt = registry.record_submission(submission())
     assert lost
     assert registry.submissions("run-1") == [receipt]
+    assert [each.event for each in registry.audit()[before:]] == ["submission-recorded"]
 
 
 def test_a_version_whose_commit_nobody_heard_of_is_published_once(
@@ -157,9 +164,10 @@ def test_who_does_not_look_whether_it_was_committed_gets_a_conflict_with_itself(
 ) -> None:
     with opened(home, url, patience_s=0.0) as registry:
         registry.record_submission(submission())
-        lose_the_word_of_a_commit(registry, monkeypatch)
+        lost = lose_the_word_of_a_commit(registry, monkeypatch)
         with pytest.raises(RegistryUnavailable):
             registry.publish_round(make_version(weights={"anna": 1.0}))
+        assert lost
         with pytest.raises(VersionConflict, match="committed already as demo/1"):
             registry.publish_round(make_version(weights={"anna": 1.0}))
 
@@ -174,6 +182,33 @@ def test_an_alias_whose_move_nobody_heard_of_moved_once(
     assert len(registry.alias_history("demo", "champion")) == 1
 
 
+@pytest.mark.parametrize(
+    ("change", "event"),
+    [
+        (lambda r: r.remove_alias("demo", "live"), "alias-removed"),
+        (lambda r: r.set_tag("demo/1", "site", "b"), "tag-set"),
+        (lambda r: r.finish_run("run-1", "failed", "no reason"), "run-failed"),
+        (lambda r: r.enrol_client("run-1", name="carl", rank=4, num_examples=9), "client-enrolled"),
+        (lambda r: r.set_initial_metrics("run-1", {"accuracy": 0.1}), "run-scored"),
+        (lambda r: r.log_event("garbage-collected", "3 blobs", bytes=7), "garbage-collected"),
+    ],
+)
+def test_a_change_whose_commit_nobody_heard_of_stands_in_the_log_once(
+    registry: Registry,
+    make_version: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[Registry], object],
+    event: str,
+) -> None:
+    registry.publish_round(make_version())
+    registry.set_alias("demo", "live", 1)
+    before = len(registry.audit())
+    lost = lose_the_word_of_a_commit(registry, monkeypatch)
+    change(registry)
+    assert lost
+    assert [each.event for each in registry.audit()[before:]] == [event]
+
+
 def test_an_import_and_a_failed_round_whose_commit_nobody_heard_of(
     registry: Registry, make_version: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,11 +217,33 @@ def test_an_import_and_a_failed_round_whose_commit_nobody_heard_of(
         base_source="a test", rank=2, recipe={},
     )  # fmt: skip
     with monkeypatch.context() as once:
-        assert lose_the_word_of_a_commit(registry, once) == []
+        lost = lose_the_word_of_a_commit(registry, once)
         assert registry.publish_import(new).ref == "other/1"
+        assert lost
     with monkeypatch.context() as once:
-        lose_the_word_of_a_commit(registry, once)
+        lost = lose_the_word_of_a_commit(registry, once)
         assert registry.fail_round("run-1", 1, "why").reason == "why"
+        assert lost
+    assert [each.number for each in registry.versions("other")] == [1]
+
+
+def test_waiting_for_a_database_makes_nothing_done(server: Server, registry: Registry, make_version: Make) -> None:
+    """Where it could not even be reached, nothing was committed: what looks done was done by somebody else."""
+    new = NewImport(
+        adapter="other", payload=make_version().payload, base_sha256=BASE, base_model="tiny-base",
+        base_source="a test", rank=2, expected_head="",
+    )  # fmt: skip
+    registry.publish_import(new)
+    for change, refusal in (
+        (lambda: registry.remove_alias("demo", "never"), AdapterNotFound),
+        (lambda: registry.publish_import(new), VersionConflict),
+    ):
+        server.stop()
+        back = threading.Timer(0.5, server.start)
+        back.start()
+        with pytest.raises(refusal):
+            change()
+        back.join()
     assert [each.number for each in registry.versions("other")] == [1]
 
 
@@ -264,6 +321,55 @@ def test_a_coordinator_takes_its_lock_again_when_the_connection_broke(home: Path
         make_sure()
         with pytest.raises(AlreadyCoordinated), only_coordinator(there, "run-1"):
             pass
+
+
+@pytest.fixture
+def engine(url: str) -> Iterator[sa.Engine]:
+    engine = engines.create_engine(url, read_only=False)
+    yield engine
+    engine.dispose()
+
+
+def instead_of_the_lock(engine: sa.Engine, act: Callable[[str], str]) -> None:
+    """Let ``act`` say what is executed when a lock is asked for, once."""
+    acted: list[str] = []
+
+    def act_once(_c: object, _cursor: object, statement: str, parameters: object, *_more: object) -> tuple[str, object]:
+        if "pg_try_advisory_lock" in statement and not acted:
+            acted.append(statement)
+            return act(statement), parameters
+        return statement, parameters
+
+    event.listen(engine, "before_cursor_execute", act_once, retval=True)
+
+
+def test_a_lock_whose_query_failed_was_not_taken(engine: sa.Engine) -> None:
+    """The connection lives, and is no sign of a lock."""
+    mine, theirs = SessionLock(engine, "run 1"), SessionLock(engine, "run 1")
+    instead_of_the_lock(engine, lambda _statement: "SELECT 1 / 0")
+    with pytest.raises(RegistryUnavailable, match="division by zero"):
+        mine.take()
+    assert theirs.take()
+    assert not mine.take()
+    theirs.release()
+    assert mine.take()
+    mine.release()
+
+
+def test_a_lock_is_taken_after_a_connection_that_broke_when_it_was_asked_for(engine: sa.Engine, url: str) -> None:
+    mine = SessionLock(engine, "run 1")
+
+    def break_off(statement: str) -> str:
+        cut_off(url)
+        return statement
+
+    instead_of_the_lock(engine, break_off)
+    with pytest.raises(RegistryUnavailable) as caught:
+        mine.take()
+    assert caught.value.passing
+    assert mine.take()
+    assert mine.take()
+    mine.release()
 
 
 def test_a_locked_file_is_waited_for(home: Path, submission: Submit, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy.exc import IntegrityError
+from tests.postgresql import ONLY_ADDED_TO
 
 from pomona.errors import ConfigError, RegistryUnavailable, VersionConflict
 from pomona.storage.backup import write_backup
@@ -80,6 +81,16 @@ def test_a_version_is_never_changed(registry: Registry, make_version: Make, url:
     with pytest.raises(IntegrityError, match="a version is never changed"), engine.begin() as connection:
         connection.execute(sa.text("UPDATE version SET rank = 99"))
     engine.dispose()
+
+
+@pytest.mark.parametrize("table", ONLY_ADDED_TO)
+def test_what_is_only_added_to_cannot_be_emptied(registry: Registry, url: str, table: str) -> None:
+    before = registry.audit()
+    engine = create_engine(url, read_only=False)
+    with pytest.raises(IntegrityError, match="is only added to"), engine.begin() as connection:
+        connection.execute(sa.text(f"TRUNCATE {table}"))
+    engine.dispose()
+    assert registry.audit() == before != []
 
 
 def test_an_update_has_one_receipt_and_no_rival(registry: Registry, submission: Submit) -> None:

@@ -116,9 +116,13 @@ def test_a_size_that_was_recorded_wrong(two_rounds: Registry, home: Path) -> Non
             "has 2 accepted updates of one client in one round",
         ),
         (
-            ["DROP INDEX uq_submission_nonce", "UPDATE submission SET nonce = 'n'"],
+            [
+                "DROP INDEX uq_submission_nonce",
+                "UPDATE submission SET nonce = 'n'",
+                "UPDATE submission SET status = 'quarantined' WHERE client = 'bert'",
+            ],
             "run_id 'run-1', nonce 'n'",
-            "has 4 accepted updates with one nonce",
+            "has 4 updates taken in with one nonce",
         ),
         (
             ["INSERT INTO adapter SELECT 'other', created_at FROM adapter", "UPDATE alias SET adapter_name = 'other'"],

@@ -15,6 +15,7 @@ from pomona.cli import (
     registry_care,
     registry_diff,
     registry_exchange,
+    registry_lineage,
     registry_search,
     run,
     server,
@@ -37,6 +38,7 @@ app.command("simulate")(simulate.simulate)
 app.command("simulated-client")(simulated_client.simulated_client)
 app.command("strategies")(strategies.strategies)
 app.command("doctor")(doctor.doctor)
+registry.app.command("lineage")(registry_lineage.lineage)
 registry.app.command("export")(registry_exchange.export)
 registry.app.command("import")(registry_exchange.take_in)
 registry.app.command("diff")(registry_diff.diff)

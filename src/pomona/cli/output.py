@@ -35,7 +35,7 @@ def plain(value: object) -> str:
     """Return text that can do nothing to a terminal: no control characters, no markup, one line."""
     from rich.markup import escape  # noqa: PLC0415
 
-    return escape(_one_line(str(value)))
+    return escape(one_line(str(value)))
 
 
 def cell(value: object) -> str:
@@ -92,7 +92,7 @@ def exit_on_error(*, as_json: bool = False) -> Iterator[None]:
             print_json_line({"error": error_facts(error)})
         from rich.text import Text  # noqa: PLC0415
 
-        line = Text(f"error: {_one_line(str(error))}", style="red")
+        line = Text(f"error: {one_line(str(error))}", style="red")
         console(stderr=True).print(line, soft_wrap=True)
         for note in getattr(error, "__notes__", ()):
             shown = "\n".join(f"  {_printable(line)}" for line in note.split("\n"))
@@ -108,7 +108,8 @@ def error_facts(error: PomonaError) -> dict[str, object]:
     return {"code": error.exit_code, "type": type(error).__name__, "message": str(error)}
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
+    """Return text on one line, without control characters."""
     return _printable(" ".join(text.split()))
 
 

@@ -50,10 +50,14 @@ class UnattendedRuns:
         self._registry, self._screen = registry, screen
         self._views: dict[str, RunView] = {}
 
-    def watch(self, run_id: str, *, said: str) -> None:
+    def watch(self, run_id: str, said: str) -> None:
         """Print that a run goes on, and from now on what it does."""
-        self._screen.print(said, soft_wrap=True, markup=False)
+        self.say(said)
         self._views[run_id] = RunView(self._registry, self._screen, None)
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        self._screen.print(text, soft_wrap=True, markup=False)
 
     def show(self) -> None:
         """Print what is new; nothing while the registry cannot be used, since that ends no run."""

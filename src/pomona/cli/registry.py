@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pomona.cli.output import cell, console, exit_on_error, plain, print_json, print_table
+from pomona.cli.output import console, exit_on_error, plain, print_json, print_table
 from pomona.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rich.tree import Tree
-
-    from pomona.storage.records import AdapterSummary, LineageNode, Run, Submission, Version
+    from pomona.storage.records import AdapterSummary, Run, Submission, Version
     from pomona.storage.registry import Registry
 
 app = typer.Typer(
@@ -65,7 +63,7 @@ def show(ref: Ref, *, home: Home = None, as_json: Json = False) -> None:
             return
         print_table(("", ""), _version_details(version), title=version.ref)
         columns = ("client", "rank", "examples", "weight", "sha256", "status", "reason")
-        print_table(columns, map(_submission_row, sent), title=_counted(len(sent), "submission"))
+        print_table(columns, map(submission_row, sent), title=_counted(len(sent), "submission"))
         if any(item.spectrum for item in sent):
             changed = (
                 "client",
@@ -92,23 +90,6 @@ def versions(
             print_json([version_facts(item) for item in found])
         else:
             print_table(VERSION_COLUMNS, map(version_row, found), title=name)
-
-
-@app.command()
-def lineage(
-    ref: Ref,
-    *,
-    depth: Annotated[int, typer.Option(min=1, help="Show this many generations of the tree.")] = 10,
-    home: Home = None,
-    as_json: Json = False,
-) -> None:
-    """Show what a version is made of, back to the first."""
-    with opened(home, as_json=as_json) as registry:
-        node = registry.lineage(ref)
-        if as_json:
-            print_json(_lineage_facts(node))
-        else:
-            console().print(_tree(node, depth=depth))
 
 
 @app.command()
@@ -211,67 +192,8 @@ def _adapter_facts(item: "AdapterSummary") -> dict[str, object]:
     }
 
 
-def _lineage_facts(root: "LineageNode") -> dict[str, object]:
-    return {
-        "ref": root.version.ref,
-        "versions": [
-            version_facts(node.version)
-            | {
-                "parents": [
-                    {"ref": parent.version.ref, "kind": parent.kind, "coefficient": parent.coefficient}
-                    for parent in node.parents
-                ],
-                "submissions": node.submissions,
-            }
-            for node in _each_once(root)
-        ],
-    }
-
-
-def _each_once(root: "LineageNode") -> Iterator["LineageNode"]:
-    seen, queue = set[int](), [root]
-    for node in queue:
-        if node.version.id not in seen:
-            seen.add(node.version.id)
-            yield node
-            queue.extend(node.parents)
-
-
-def _tree(root: "LineageNode", *, depth: int) -> "Tree":
-    from rich.tree import Tree  # noqa: PLC0415
-
-    tree = Tree(_node_line(root))
-    shown, queue = {root.version.id}, [(root, tree, 1)]
-    for node, branch, level in queue:
-        for item in node.submissions:
-            branch.add(_submission_line(item))
-        for parent in node.parents:
-            if parent.version.id in shown:
-                branch.add(f"{_node_line(parent)} [dim](shown above)[/dim]")
-            elif level == depth:
-                branch.add(f"{_node_line(parent)} [dim](and on: --depth {depth + 1})[/dim]")
-            else:
-                shown.add(parent.version.id)
-                queue.append((parent, branch.add(_node_line(parent)), level + 1))
-    return tree
-
-
-def _node_line(node: "LineageNode") -> str:
-    edge = f" {plain(node.kind)} x {node.coefficient:g}" if node.kind else ""
-    version = node.version
-    return f"[bold]{plain(version.ref)}[/bold]{edge}, rank {version.rank}, {plain(_pairs(version.metrics))}"
-
-
-def _submission_line(item: "Submission") -> str:
-    client, rank, examples, weight, sha256, status, reason = map(cell, _submission_row(item))
-    why = f": {reason}" if item.reason else ""
-    return (
-        f"{client}  rank {rank}, {examples} examples, weight {weight}, {sha256}  "
-        f"[{'green' if item.status == 'accepted' else 'yellow'}]{status}[/]{why}"
-    )
-
-
-def _submission_row(item: "Submission") -> Sequence[object]:
+def submission_row(item: "Submission") -> Sequence[object]:
+    """Return an answer of a client as a row: client, rank, examples, weight, hash, status, reason."""
     return (
         item.client,
         item.rank,
@@ -299,7 +221,7 @@ def _adapter_row(item: "AdapterSummary") -> Sequence[object]:
         item.versions,
         newest.ref if newest else None,
         newest.rank if newest else None,
-        _pairs(newest.metrics) if newest else None,
+        pairs(newest.metrics) if newest else None,
         ", ".join(f"{name} = {number}" for name, number in item.aliases.items()),
         newest.created_at if newest else item.created_at,
     )
@@ -312,9 +234,9 @@ def version_row(version: "Version") -> Sequence[object]:
         version.rank,
         version.exactness,
         version.retained_energy,
-        _pairs(version.metrics),
+        pairs(version.metrics),
         ", ".join(version.aliases),
-        _pairs(version.tags),
+        pairs(version.tags),
         f"{version.run_id} round {version.round_number}" if version.run_id else version.kind,
         version.created_at,
     )
@@ -326,7 +248,7 @@ def _version_details(version: "Version") -> list[tuple[str, object]]:
         ("base model", f"{version.base_model} {version.base_sha256[:12]}"),
         ("sha256", version.sha256),
         ("size", f"{version.bytes} bytes"),
-        ("recipe", _pairs(version.recipe)),
+        ("recipe", pairs(version.recipe)),
     ]
 
 
@@ -349,5 +271,6 @@ def _counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def _pairs(values: Mapping[str, object]) -> str:
+def pairs(values: Mapping[str, object]) -> str:
+    """Return metrics, tags or a recipe on one line."""
     return ", ".join(f"{key}={f'{value:.4g}' if isinstance(value, float) else value}" for key, value in values.items())

@@ -1,7 +1,7 @@
 """``pomona server``."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -32,16 +32,22 @@ def server(
     ] = None,
     metrics_host: Annotated[str, typer.Option(help="Address that metrics are served at.")] = "127.0.0.1",
     threads: Annotated[int, typer.Option(min=1, help="CPU threads for aggregating and scoring.")] = 1,
+    superlink_state: Annotated[
+        Literal["disk", "memory"],
+        typer.Option(help="Where Flower keeps messages and nodes: in memory it is several times as fast."),
+    ] = "disk",
 ) -> None:
     """Run a coordinator that clients join over gRPC, until it is stopped."""
     with exit_on_error():
         import contextlib  # noqa: PLC0415
         import time  # noqa: PLC0415
+        from functools import partial  # noqa: PLC0415
 
         from pomona.cli.progress import UnattendedRuns  # noqa: PLC0415
-        from pomona.coordinator.launch import resume_unfinished, start_once  # noqa: PLC0415
+        from pomona.coordinator.launch import submit_unattended  # noqa: PLC0415
         from pomona.coordinator.metrics import serve_metrics  # noqa: PLC0415
         from pomona.coordinator.server import run_server, tls_or_insecure  # noqa: PLC0415
+        from pomona.coordinator.unattended import Keeper  # noqa: PLC0415
         from pomona.processes import Supervisor, terminated_like_interrupted  # noqa: PLC0415
         from pomona.run_file import load_settings  # noqa: PLC0415
         from pomona.storage.opening import default_home, open_registry  # noqa: PLC0415
@@ -62,6 +68,7 @@ def server(
                     port=port,
                     tls=tls,
                     threads=threads,
+                    superlink_state=superlink_state,
                 ) as running,
             ):
                 everywhere = host in {"0.0.0.0", "::"}  # noqa: S104 - compared, not bound
@@ -78,13 +85,15 @@ def server(
                         found = metrics.enter_context(serve_metrics(registry, host=metrics_host, port=metrics_port))
                         console().print(f"metrics at http://{metrics_host}:{found}/metrics", soft_wrap=True)
                     unattended = UnattendedRuns(registry, console())
-                    for run_id in resume_unfinished(running, registry):
-                        unattended.watch(run_id, said=f"going on with run {run_id}, which was cut off")
-                    if settings and (started := start_once(running, registry, settings)):
-                        unattended.watch(started, said=f"started run {started} of {run}")
+                    submit = partial(submit_unattended, running)
+                    keeper = Keeper(registry, submit=submit, watch=unattended.watch, say=unattended.say)
+                    keeper.resume()
+                    if settings:
+                        keeper.start_once(settings, source=str(run))
                     while True:
                         supervisor.check()
                         unattended.show()
+                        keeper.look()
                         time.sleep(_POLL_S)
         except KeyboardInterrupt:
             console().print("stopped")
