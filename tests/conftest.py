@@ -3,8 +3,9 @@
 What takes long to import is imported by the fixtures that need it.
 """
 
+import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -175,3 +176,20 @@ def make_profile(tiny_bert: Path, toy_data: Path) -> MakeProfile:
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[str]:
+    """The URL of a PostgreSQL server; one is started unless POMONA_TEST_POSTGRES_URL names one."""
+    if named := os.environ.get("POMONA_TEST_POSTGRES_URL"):
+        yield named
+        return
+    from tests.postgresql import own_server
+
+    try:
+        with own_server() as server:
+            yield server.url
+    except FileNotFoundError as error:
+        if os.environ.get("POMONA_TEST_POSTGRES") == "required":
+            raise
+        pytest.skip(f"NOT TESTED ON POSTGRESQL: {error}")

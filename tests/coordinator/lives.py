@@ -65,6 +65,7 @@ class Lives:
         failpoint: str = "",
         kill_after_s: float | None = None,
         clock_s: float = 0.0,
+        url: str | None = None,
     ) -> Life:
         """Let a coordinator live, and return how it ended.
 
@@ -74,6 +75,7 @@ class Lives:
             failpoint: Where it is killed, ``NAME:TIMES``; empty: nowhere.
             kill_after_s: When it is killed.
             clock_s: How far its clock is wrong.
+            url: Database of its registry; None: a file in ``home``.
         """
         home.mkdir(parents=True, exist_ok=True)
         wanted = {
@@ -84,6 +86,7 @@ class Lives:
             "failpoint": failpoint,
             "kill_after_s": kill_after_s,
             "clock_s": clock_s,
+            "url": url,
         }
         assert self._process.stdin is not None
         assert self._process.stdout is not None

@@ -78,13 +78,13 @@ def nodes(model: Path, data: Path) -> list[Node]:
     return [Node(profile(number)) for number in range(len(RANKS))]
 
 
-def federate(home: Path, model: Path, data: Path, settings: RunSettings) -> None:
+def federate(home: Path, model: Path, data: Path, settings: RunSettings, *, url: str | None) -> None:
     """Coordinate the run, or go on with it."""
     for name in ("_task_id", "_run_id", "_node_id"):
         setattr(TaskIdentity, name, 1)
     replies._POLL_S = 0.01
     federation._JOIN_POLL_S = 0.01
-    with open_registry(home) as opened, only_coordinator(opened, RUN) as make_sure:
+    with open_registry(home, url=url) as opened, only_coordinator(opened, RUN) as make_sure:
         registry = Journalling(opened, home / JOURNAL)
         clients = nodes(model, data)
         for node in clients:
@@ -126,7 +126,8 @@ def live(wanted: dict[str, str | float | None]) -> int:
         set_clock(shift_s)
     settings = RunSettings.model_validate_json(str(wanted["settings"]))
     try:
-        federate(home, Path(str(wanted["model"])), Path(str(wanted["data"])), settings)
+        url = wanted["url"] and str(wanted["url"])
+        federate(home, Path(str(wanted["model"])), Path(str(wanted["data"])), settings, url=url)
     except PomonaError as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         return error.exit_code

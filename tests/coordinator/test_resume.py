@@ -12,6 +12,7 @@ from tests.coordinator.grid import Answer, InProcessGrid, Reply
 from tests.coordinator.lives import Lives
 from tests.coordinator.run_until_killed import JOURNAL, LOG, RUN, nodes
 from tests.invariants import Outside, Replay, broken_after_collection, broken_promises, read_journal
+from tests.postgresql import fresh_database
 
 from pomona.coordinator.federation import run_federation
 from pomona.coordinator.recovery import only_coordinator, resumable_run
@@ -120,6 +121,36 @@ def test_a_run_killed_anywhere_ends_with_the_same_bytes(
         assert not broken_promises(registry, RUN, known(tmp_path, replays[method], kills=1))
         assert not broken_after_collection(registry, RUN)
         assert published(registry) == undisturbed[method]
+
+
+COMMITS = (
+    "round-opened", "submission-inserted", "submission-recorded", "round-frozen", "version-inserted",
+    "version-published",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("place", [f"{place}:2" for place in COMMITS])
+def test_a_run_killed_around_a_commit_on_postgresql_ends_with_the_same_bytes(
+    place: str,
+    lives: Lives,
+    settings: dict[str, RunSettings],
+    replays: dict[str, Replay],
+    undisturbed: dict[str, list[bytes]],
+    postgresql: str,
+    tmp_path: Path,
+) -> None:
+    """There a killed process leaves its connection open, and its transaction to the server."""
+    method = "flora-bounded"
+    with fresh_database(postgresql) as url:
+        assert lives.live(tmp_path, settings[method], failpoint=place, url=url).killed
+        with open_registry(tmp_path, url=url) as registry:
+            assert not broken_promises(registry, RUN, known(tmp_path, replays[method], kills=1))
+            before = held(registry)
+        assert lives.live(tmp_path, settings[method], url=url).code == 0, (tmp_path / LOG).read_text()
+        with open_registry(tmp_path, url=url) as registry:
+            assert set(before) <= set(held(registry))
+            assert not broken_promises(registry, RUN, known(tmp_path, replays[method], kills=1))
+            assert published(registry) == undisturbed[method]
 
 
 @pytest.mark.parametrize("method", [method for method in METHODS if method != "flora-bounded"])

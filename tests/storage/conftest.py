@@ -1,13 +1,12 @@
 """A registry on either database, and the shortest way to a published version."""
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import save
-from tests.postgresql import empty_tables, fresh_database, own_server
+from tests.postgresql import empty_tables, fresh_database
 
 from pomona.storage import schema
 from pomona.storage.engine import create_engine
@@ -31,21 +30,6 @@ def _no_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
     return tmp_path / "home"
-
-
-@pytest.fixture(scope="session")
-def postgresql() -> Iterator[str]:
-    """The URL of a PostgreSQL server; one is started unless POMONA_TEST_POSTGRES_URL names one."""
-    if named := os.environ.get("POMONA_TEST_POSTGRES_URL"):
-        yield named
-        return
-    try:
-        with own_server() as server:
-            yield server.url
-    except FileNotFoundError as error:
-        if os.environ.get("POMONA_TEST_POSTGRES") == "required":
-            raise
-        pytest.skip(f"NOT TESTED ON POSTGRESQL: {error}")
 
 
 @pytest.fixture(scope="session")
