@@ -126,7 +126,7 @@ def live(wanted: dict[str, str | float | None]) -> int:
         set_clock(shift_s)
     settings = RunSettings.model_validate_json(str(wanted["settings"]))
     try:
-        url = wanted["url"] and str(wanted["url"])
+        url = str(wanted["url"]) if wanted["url"] else None
         federate(home, Path(str(wanted["model"])), Path(str(wanted["data"])), settings, url=url)
     except PomonaError as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
