@@ -8,6 +8,7 @@ from typing import get_args
 
 import httpx
 import pytest
+from sqlalchemy.engine import make_url
 from tests.coordinator.grid import Answer, InProcessGrid, Reply
 from tests.coordinator.lives import Lives
 from tests.coordinator.run_until_killed import JOURNAL, LOG, RUN, nodes
@@ -123,6 +124,7 @@ def test_a_run_killed_anywhere_ends_with_the_same_bytes(
         assert published(registry) == undisturbed[method]
 
 
+PASSWORD = "correct-horse"  # of the database, which trusts everybody; no log may tell it
 COMMITS = (
     "round-opened", "submission-inserted", "submission-recorded", "round-frozen", "version-inserted",
     "version-published",
@@ -141,15 +143,20 @@ def test_a_run_killed_around_a_commit_on_postgresql_ends_with_the_same_bytes(
 ) -> None:
     """There a killed process leaves its connection open, and its transaction to the server."""
     method = "flora-bounded"
-    with fresh_database(postgresql) as url:
+
+    def outside() -> Outside:
+        return replace(known(tmp_path, replays[method], kills=1), secrets=[PASSWORD])
+
+    with fresh_database(postgresql) as made:
+        url = make_url(made).set(password=PASSWORD).render_as_string(hide_password=False)
         assert lives.live(tmp_path, settings[method], failpoint=place, url=url).killed
         with open_registry(tmp_path, url=url) as registry:
-            assert not broken_promises(registry, RUN, known(tmp_path, replays[method], kills=1))
+            assert not broken_promises(registry, RUN, outside())
             before = held(registry)
         assert lives.live(tmp_path, settings[method], url=url).code == 0, (tmp_path / LOG).read_text()
         with open_registry(tmp_path, url=url) as registry:
             assert set(before) <= set(held(registry))
-            assert not broken_promises(registry, RUN, known(tmp_path, replays[method], kills=1))
+            assert not broken_promises(registry, RUN, outside())
             assert published(registry) == undisturbed[method]
 
 
