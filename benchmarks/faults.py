@@ -216,24 +216,26 @@ def black_hole(made: Federation) -> dict[str, Any]:
 
 
 def paused_client(made: Federation) -> dict[str, Any]:
-    """The trainer stands still beyond the deadline of the first round, and sends its update then."""
+    """The trainer stands still beyond the deadline of the second round, and sends its update then."""
     (trainer,) = made.children(VICTIM, "pomona.client.daemon")
-    trainer.suspend()
     made.wait_for_round(1, committed=True)
+    trainer.suspend()
+    made.wait_for_round(2, committed=True)
     trainer.resume()
     made.wait_for_end()
-    return {"dropped": made.outcomes(VICTIM)[1] == "late", "came_back": "accepted" in made.outcomes(VICTIM).values()}
+    return {"dropped": made.outcomes(VICTIM)[2] == "late", "came_back": "accepted" in made.outcomes(VICTIM).values()}
 
 
 def killed_in_training(made: Federation) -> dict[str, Any]:
     """The client is killed, all processes, while its trainer has a round's work."""
     (trainer,) = made.children(VICTIM, "pomona.client.daemon")
+    made.wait_for_round(1, committed=True)
     trainer.suspend()
-    made.wait_for_round(1)
+    made.wait_for_round(2)
     made.wait(lambda: bool(made.children(VICTIM, "flwr-clientapp")), "the round's work at the client")
     made.kill(VICTIM)
     made.wait_for_end()
-    return {"dropped": made.outcomes(VICTIM)[1] != "accepted"}
+    return {"dropped": made.outcomes(VICTIM)[2] != "accepted"}
 
 
 def killed_in_upload(made: Federation) -> dict[str, Any]:
@@ -317,12 +319,12 @@ SCENARIOS: Mapping[str, tuple[Fault, int, float]] = {  # rounds, deadline in sec
     "too_narrow_link": (too_narrow_link, 3, 60.0),
     "cut_link": (cut_link, 3, 90.0),
     "black_hole": (black_hole, 3, 60.0),
-    "paused_client": (paused_client, 3, 60.0),
+    "paused_client": (paused_client, 4, 60.0),
     "two_coordinators": (two_coordinators, 4, 300.0),
     "stopped_superlink": (stopped_superlink, 3, 300.0),
     "killed_superlink": (killed_superlink, 4, 300.0),
     "forgetful_superlink": (forgetful_superlink, 5, 300.0),
-    "killed_in_training": (killed_in_training, 2, 60.0),
+    "killed_in_training": (killed_in_training, 3, 60.0),
     "killed_in_upload": (killed_in_upload, 2, 90.0),
     "late_joiner": (late_joiner, 12, 60.0),
 }
