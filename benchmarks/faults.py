@@ -163,8 +163,8 @@ class Federation:
         self.wait(lambda: self.supervisor.ended(name) is not None, f"the end of {name}")
         self.supervisor.forget(name)
 
-    def refused(self, *arguments: str) -> tuple[int, str]:
-        """Run a command that must not succeed, and return its exit code and what it says."""
+    def typed(self, *arguments: str) -> tuple[int, str]:
+        """Run a command, and return its exit code and what it says."""
         done = subprocess.run([POMONA, *arguments], env=self._env, capture_output=True, text=True, check=False)
         return done.returncode, done.stdout + done.stderr
 
@@ -300,12 +300,12 @@ def stopped_superlink(made: Federation) -> dict[str, Any]:
 
 
 def two_coordinators(made: Federation) -> dict[str, Any]:
-    """A second server on the folder and a second coordinator of the run are refused while the first goes on."""
+    """A second server on the folder is refused, and resuming a run that is coordinated follows it, while it goes on."""
     made.wait_for_round(1)
-    server = made.refused("server", "--home", str(made.home), "--port", "0", "--insecure")
-    resumed = made.refused("run", "--resume", "latest", "--home", str(made.home))
+    server = made.typed("server", "--home", str(made.home), "--port", "0", "--insecure")
+    resumed = made.typed("run", "--resume", "latest", "--home", str(made.home))
     made.wait_for_end()
-    return {"server": server[0] == 20 and "already" in server[1], "run": resumed[0] == 24 and "another" in resumed[1]}
+    return {"server": server[0] == 20 and "already" in server[1], "run": resumed[0] == 0}
 
 
 def _wait_for_upload(made: Federation) -> None:

@@ -14,6 +14,7 @@ import httpx
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
 from pomona.adapters import AdapterWeights
 from pomona.base_model import find_base_model
@@ -47,6 +48,7 @@ _log = logging.getLogger(__name__)
 
 _JOIN_POLL_S = 0.5
 _ENROL_S = 3.0  # at a time; a round goes on meanwhile
+_SENDINGS = 3  # of a round's work
 _GRACE_S = 15.0  # for those who are about to answer when enough have
 
 
@@ -185,6 +187,17 @@ class _Federation:
         return list(begun.cohort)
 
     def _round(self, number: int) -> Version:
+        """Run a round, and ask again where the server stood still so long that it forgot what was being sent to it.
+
+        Who has answered is not asked again; an answer to what was sent first counts for nothing.
+        """
+        for _ in range(_SENDINGS - 1):
+            with contextlib.suppress(ObjectPushError):
+                return self._try_round(number)
+            _log.warning("round %d: not all of the work got to the server; sending it again", number)
+        return self._try_round(number)
+
+    def _try_round(self, number: int) -> Version:
         run_id, strategy = self._invitation.run_id, self._strategy
         self._make_sure()
         cohort = self._cohort(number)
@@ -206,7 +219,7 @@ class _Federation:
             version = self._publish(number, aggregate)
             reach("version-published")
         except BaseException as error:
-            if not _cuts_off(error):
+            if not _cuts_off(error) and not isinstance(error, ObjectPushError):
                 self._make_sure()
                 with contextlib.suppress(PomonaError):
                     self._registry.fail_round(run_id, number, f"{type(error).__name__}: {error}")
@@ -240,7 +253,8 @@ class _Federation:
         content, ttl = pack("exclusion", told.model_dump_json()), self._settings.cohort.join_timeout_s
         if nodes:
             messages = [Message(content, dst_node_id=node, message_type=TELL, ttl=ttl) for node in nodes]
-            self._grid.push_messages(messages)
+            with contextlib.suppress(ObjectPushError):  # the log has it, and the client's next round goes on
+                self._grid.push_messages(messages)
 
     def _publish(self, number: int, aggregate: Aggregate) -> Version:
         settings, run_id = self._settings, self._invitation.run_id
@@ -343,7 +357,11 @@ class _Federation:
         nodes = sorted(set(self._roster.newcomers(online)) - set(self._invited.values()))
         json, ttl = self._invitation.model_dump_json(), self._settings.cohort.join_timeout_s
         messages = [Message(pack("invitation", json), dst_node_id=node, message_type=ENROL, ttl=ttl) for node in nodes]
-        sent = self._grid.push_messages(messages) if messages else []
+        try:
+            sent = self._grid.push_messages(messages) if messages else []
+        except ObjectPushError as error:  # they are invited the next time
+            _log.warning("not all invitations got to the server: %s", error)
+            return
         self._invited.update({message_id: node for message_id, node in zip(sent, nodes, strict=True) if message_id})
         self._puller.landed(self._invited)
         until = time.monotonic() + _ENROL_S

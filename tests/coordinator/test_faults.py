@@ -3,10 +3,12 @@
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from flwr.app import Message
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from tests.coordinator.grid import Answer, InProcessGrid, Node, Reply
 from tests.coordinator.lives import Lives
 from tests.coordinator.run_until_killed import LOG, RUN
@@ -20,6 +22,7 @@ from pomona.coordinator.federation import run_federation
 from pomona.coordinator.recovery import only_coordinator
 from pomona.errors import AlreadyCoordinated, BlobWriteError, NotEnoughClients, ServerGone
 from pomona.failpoints import Place
+from pomona.protocol import TRAIN
 from pomona.settings import RunSettings
 from pomona.storage.opening import open_registry
 from pomona.storage.registry import Registry
@@ -131,6 +134,48 @@ def test_a_round_with_too_few_updates_is_not_frozen(
     nodes = two(make_profile, lambda _request, answer: answer)
     run_federation(InProcessGrid(nodes), strict, registry, run_id=RUN)
     assert [[request.round_number for request, _ in node.asked] for node in nodes] == [[2], [1, 2]]
+
+
+class Forgetful(InProcessGrid):
+    """A server that stood still while a round's work was sent to it, and forgot the rest, some times."""
+
+    def __init__(self, nodes: Sequence[Node], *, times: int) -> None:
+        super().__init__(nodes)
+        self._times = times
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        kept = list(messages)
+        if self._times and any(message.metadata.message_type == TRAIN for message in kept):
+            self._times -= 1
+            super().push_messages(kept[:1])  # its client trains, and nobody waits for what it says
+            raise ObjectPushError("object", run_id=1, session_id="expired")
+        return super().push_messages(kept)
+
+
+def test_work_that_did_not_get_to_the_server_is_sent_again(
+    registry: Registry, settings: RunSettings, make_profile: MakeProfile, tmp_path: Path
+) -> None:
+    """Flower forgets what was being sent to it after half a minute; the run would end."""
+    settings = settings.model_copy(update={"cohort": settings.cohort.model_copy(update={"round_deadline_s": 60.0})})
+    nodes = [Node(make_profile(0, count=2)), Node(make_profile(1, count=2))]
+    run_federation(Forgetful(nodes, times=2), settings, registry, run_id=RUN)
+    assert registry.run(RUN).state == "finished"
+    assert all(status == "accepted" for _, _, status in statuses(registry))
+    assert not broken_promises(registry, RUN, Outside(replay=Replay(settings)))
+    with open_registry(tmp_path / "quiet") as other:
+        quiet = [Node(make_profile(0, count=2)), Node(make_profile(1, count=2))]
+        run_federation(InProcessGrid(quiet), settings, other, run_id=RUN)
+        expected = [other.payload(each.ref) for each in other.versions(settings.name)]
+    assert [registry.payload(each.ref) for each in registry.versions(settings.name)] == expected
+
+
+def test_a_server_that_never_takes_the_work_ends_the_run(
+    registry: Registry, settings: RunSettings, make_profile: MakeProfile
+) -> None:
+    nodes = [Node(make_profile(0, count=2)), Node(make_profile(1, count=2))]
+    with pytest.raises(ObjectPushError):
+        run_federation(Forgetful(nodes, times=3), settings, registry, run_id=RUN)
+    assert registry.run(RUN).state == "failed"
 
 
 @pytest.mark.parametrize("jump_s", [-DAY_S, DAY_S])
