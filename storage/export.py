@@ -75,6 +75,7 @@ def new_folder(directory: Path, *, overwrite: bool) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         staging.mkdir()
         yield staging
+        _list_files(staging)
         for path in staging.iterdir():
             _sync(path)
         _swap(staging, target)
@@ -200,11 +201,34 @@ def _require_room(target: Path, *, overwrite: bool) -> None:
     if not target.is_dir():
         raise ConfigError(f"cannot export to {target}: it is a file; name a folder")
     names = {path.name for path in target.iterdir()}
-    if not names or (overwrite and MARKER in names):
+    if not names:
         return
-    if MARKER in names:
+    if MARKER not in names:
+        raise ConfigError(f"{target} is not empty and holds no earlier export; name another folder")
+    if not overwrite:
         raise ConfigError(f"{target} holds an earlier export; name another folder, or overwrite it (--overwrite)")
-    raise ConfigError(f"{target} is not empty and holds no earlier export; name another folder")
+    if others := sorted(names - _listed_files(target)):
+        raise ConfigError(
+            f"{target} holds an earlier export and what no export wrote ({', '.join(others[:3])}"
+            f"{', …' if len(others) > 3 else ''}); move that elsewhere, or name another folder"
+        )
+
+
+def _list_files(folder: Path) -> None:
+    """Write into the marker of an export what belongs to it, so that nothing else is ever overwritten."""
+    marker = folder / MARKER
+    if marker.is_file():
+        facts = json.loads(marker.read_bytes())
+        marker.write_bytes(_json({**facts, "files": sorted(path.name for path in folder.iterdir())}))
+
+
+def _listed_files(folder: Path) -> set[str]:
+    """Return what an earlier export says belongs to it; one that says nothing had what a PEFT folder has."""
+    try:
+        files = json.loads((folder / MARKER).read_bytes())["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        files = ["adapter_config.json", "adapter_model.safetensors", "labels.json", "README.md", MARKER]
+    return {str(name) for name in files} if isinstance(files, list) else {MARKER}
 
 
 def _sync(path: Path) -> None:

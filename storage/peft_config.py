@@ -73,6 +73,8 @@ _KEEPS_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")
 
 _MAX_PATTERN = 200
 _SLOW_PATTERN = re.compile(r"\)[*+?{]|[*+}][*+{]")  # repeated groups: matching could take for ever
+_REPEATED = re.compile(r"(?<!\\)(?:[*+]|\{\d*,\d*\})")
+_MOST_REPEATED = 2  # in one pattern: each multiplies the time by the length of a module's name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,6 +177,8 @@ def _patterns(config: Mapping[str, object], name: str) -> Mapping[str, object]:
     for pattern in patterns:
         if len(pattern) > _MAX_PATTERN or _SLOW_PATTERN.search(pattern):
             _refuse(f"the pattern {pattern[:80]!r} in {name} is too long, or repeats a group")
+        if len(_REPEATED.findall(pattern)) > _MOST_REPEATED:
+            _refuse(f"the pattern {pattern[:80]!r} in {name} has more than {_MOST_REPEATED} repetitions")
         try:
             re.compile(pattern)
         except re.error as error:

@@ -22,6 +22,7 @@ from pomona.storage.peft_config import PeftConfig, Task, read_config
 
 PEFT_HEADS = ("classifier", "score")  # for SEQ_CLS, peft saves these whole whatever it is told
 
+_MOST_LABELS, _LONGEST_LABEL = 100_000, 500
 _ROOT = "base_model.model."
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
 _REFUSED = {
@@ -72,6 +73,8 @@ def read_peft_folder(folder: Path, base: Path, *, task: Task | None = None) -> I
     pairs, heads = _sorted_out(tensors)
     for name in heads:
         _require_head(name, config, shapes, task=task)
+    labels = _labels(folder)
+    _require_head_shapes(heads, hidden=_hidden_size(base), labels=len(labels.get("labels", ())))
     payload: dict[str, Floats] = {HEAD + name: head for name, head in heads.items()}
     for module, (a, b) in pairs.items():
         _require_fit(module, a, b, config, shapes)
@@ -82,7 +85,7 @@ def read_peft_folder(folder: Path, base: Path, *, task: Task | None = None) -> I
     return ImportedAdapter(
         payload=_encoded(payload),
         rank=max(a.shape[0] for a, _ in pairs.values()),
-        recipe={"task": task, **_labels(folder), "imported": _origin(config)},
+        recipe={"task": task, **labels, "imported": _origin(config)},
     )
 
 
@@ -139,6 +142,42 @@ def _require_head(name: str, config: PeftConfig, shapes: Shapes, *, task: Task) 
             f"this adapter cannot be imported: it trains {name!r} whole, which is no classification head; a version "
             "never changes the base model's own weights"
         )
+
+
+def _require_head_shapes(heads: Mapping[str, Floats], *, hidden: int | None, labels: int) -> None:
+    """Check that layers of a head fit each other, what is below them, and the labels.
+
+    Args:
+        heads: Parameters trained whole, by name.
+        hidden: Width of the base model's output; None: not known.
+        labels: How many there are; 0: none are named.
+    """
+    weights = {name: each for name, each in heads.items() if each.ndim == 2}
+    widths = {hidden} | {each.shape[0] for each in weights.values()}
+    for name, weight in weights.items():
+        bias = heads.get(f"{name.removesuffix('weight')}bias")
+        if bias is not None and bias.shape != (weight.shape[0],):
+            raise PayloadError(f"expected a bias of shape ({weight.shape[0]},) beside {name}, got {bias.shape}")
+        if hidden is not None and weight.shape[1] not in widths:
+            raise BaseModelError(
+                f"the adapter's {name} takes {weight.shape[1]} inputs, the base model gives {hidden}; give the base "
+                "model that it was trained on (--base)"
+            )
+    if weights and labels and labels not in {each.shape[0] for each in weights.values()}:
+        rows = ", ".join(f"{name} has {each.shape[0]} rows" for name, each in weights.items())
+        raise PayloadError(f"labels.json names {labels} classes, but {rows}")
+
+
+def _hidden_size(base: Path) -> int | None:
+    """Return the width of a base model's output, as its configuration says it."""
+    try:
+        config = json.loads((base / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(config, dict):
+        return None
+    found = (config.get(name) for name in ("hidden_size", "d_model", "dim", "n_embd"))
+    return next((size for size in found if isinstance(size, int)), None)
 
 
 def _scaled(b: Floats, scale: float, module: str) -> Floats:
@@ -203,6 +242,10 @@ def _labels(folder: Path) -> dict[str, Sequence[str]]:
         raise PayloadError(f"labels.json cannot be read: {error}") from error
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
         raise PayloadError("labels.json should be a list of texts")
+    if len(labels) > _MOST_LABELS or any(len(label) > _LONGEST_LABEL for label in labels):
+        raise PayloadError(
+            f"labels.json should name at most {_MOST_LABELS:,} classes in at most {_LONGEST_LABEL} characters each"
+        )
     return {"labels": labels}
 
 

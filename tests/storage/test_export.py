@@ -189,6 +189,25 @@ def test_what_is_no_export_is_never_touched(
     assert (tmp_path / "thesis" / "chapter").read_text() == "years of work"
 
 
+@pytest.mark.parametrize("listed", [True, False])
+def test_what_somebody_put_beside_an_export_is_never_touched(
+    registry: Registry, publish: Publish, tmp_path: Path, *, listed: bool
+) -> None:
+    """The whole folder is replaced; notes in it would be gone. Earlier exports say nothing of their files."""
+    publish()
+    target = export_peft(registry, "demo", tmp_path / "export")
+    marker = target / "pomona.json"
+    if not listed:
+        marker.write_text(
+            json.dumps({key: each for key, each in json.loads(marker.read_text()).items() if key != "files"})
+        )
+    export_peft(registry, "demo", target, overwrite=True)
+    (target / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"what no export wrote \(notes\.txt\)"):
+        export_peft(registry, "demo", target, overwrite=True)
+    assert (target / "notes.txt").read_text() == "mine"
+
+
 def test_a_full_disk_leaves_the_earlier_export(
     registry: Registry, publish: Publish, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,7 @@ from pomona.storage import ledger
 from pomona.storage import tables as t
 from pomona.storage.ledger import START
 from pomona.storage.opening import open_registry
-from pomona.storage.records import LedgerEntry, Reservation
+from pomona.storage.records import LedgerEntry, NewVersion, Reservation
 from pomona.storage.registry import Registry
 from pomona.storage.verification import verify
 
@@ -129,6 +129,23 @@ def test_rows_cannot_be_changed_or_deleted(registry: Registry) -> None:
         with pytest.raises(DBAPIError, match="only added to"), registry._engine.begin() as connection:
             connection.execute(statement)
     assert registry.ledger("phones")[0].epsilon == 0.5
+
+
+@SQLITE_ONLY
+def test_rows_cannot_be_replaced(registry: Registry, make_version: Callable[..., NewVersion]) -> None:
+    """SQLite tells no trigger of the row that a replacement deletes."""
+    reserve(registry, reservation())
+    registry.open_round("run-1", 1, parent=None, cohort=[])
+    registry.publish_round(make_version())
+    for table in ("privacy_ledger", "audit", "version"):
+        with registry._engine.connect() as connection:
+            before = connection.execute(sa.text(f"SELECT * FROM {table}")).all()
+            with pytest.raises(DBAPIError, match="never replaced"):
+                connection.execute(sa.text(f"INSERT OR REPLACE INTO {table} SELECT * FROM {table}"))
+            connection.rollback()
+            assert connection.execute(sa.text(f"SELECT * FROM {table}")).all() == before
+    with pytest.raises(DBAPIError, match="never deleted"), registry._engine.begin() as connection:
+        connection.execute(sa.text("DELETE FROM version"))
 
 
 @pytest.mark.parametrize(

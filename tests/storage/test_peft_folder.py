@@ -174,6 +174,8 @@ def test_the_second_name_and_lineage_of_an_import(registry: Registry, tmp_path: 
         ({"something_new": 3}, "not known here"),
         ({"task_type": "SEQ_2_SEQ_LM"}, "its task is"),
         ({"rank_pattern": {"(a+)+b": 2}}, "repeats a group"),
+        ({"rank_pattern": {".*" * 3 + "X": 2}}, "repetitions"),
+        ({"alpha_pattern": {"[a-z]{1,90}" * 3: 2}}, "repetitions"),
         ({"alpha_pattern": {"a" * 300: 2}}, "too long"),
     ],
     ids=lambda value: str(value)[:40],
@@ -262,6 +264,40 @@ def test_modules_that_are_no_head_are_refused(tmp_path: Path, base: Path) -> Non
         read_peft_folder(tmp_path / "adapter", base)
 
 
+HEAD = "base_model.model.classifier"
+
+
+@pytest.mark.parametrize(
+    ("head", "labels", "refusal", "reason"),
+    [
+        ({"weight": (3, 99), "bias": (3,)}, 3, BaseModelError, "takes 99 inputs"),
+        ({"weight": (3, 16), "bias": (4,)}, 3, PayloadError, "expected a bias of shape"),
+        ({"weight": (3, 16), "bias": (3,)}, 5, PayloadError, "names 5 classes"),
+        ({"weight": (3, 16), "bias": (3,)}, 3, None, ""),
+        ({"dense.weight": (8, 16), "out_proj.weight": (3, 8), "out_proj.bias": (3,)}, 3, None, ""),
+    ],
+)
+def test_a_head_fits_the_base_model_and_the_labels(
+    tmp_path: Path,
+    base: Path,
+    head: Mapping[str, tuple[int, ...]],
+    labels: int,
+    refusal: type[Exception] | None,
+    reason: str,
+) -> None:
+    """An export of another would not load, and name a class for what it never learned."""
+    folder = tmp_path / "adapter"
+    trained(folder)
+    edit(folder, lambda x: [x.pop(key) for key in list(x) if key.startswith(HEAD)])
+    edit(folder, lambda x: x.update({f"{HEAD}.{name}": torch.ones(shape) for name, shape in head.items()}))
+    (folder / "labels.json").write_text(json.dumps([f"class-{i}" for i in range(labels)]))
+    if refusal is None:
+        read_peft_folder(folder, base, task="classification")
+        return
+    with pytest.raises(refusal, match=reason):
+        read_peft_folder(folder, base, task="classification")
+
+
 def test_another_base_model_is_refused(tmp_path: Path) -> None:
     trained(tmp_path / "adapter")
     other = BertForSequenceClassification(BertConfig(**{**SHAPE, "hidden_size": 8})).bert
@@ -294,7 +330,7 @@ def test_labels_travel_along(registry: Registry, tmp_path: Path, base: Path) -> 
     publish(registry, tmp_path / "adapter", base)
     out = export_peft(registry, "taken-in", tmp_path / "out")
     assert json.loads((out / "labels.json").read_text()) == ["ham", "eggs", "spam"]
-    for broken in ("{", "[1]", "{}"):
+    for broken in ("{", "[1]", "{}", json.dumps(["x" * 501, "b", "c"])):
         (tmp_path / "adapter" / "labels.json").write_text(broken)
         with pytest.raises(PayloadError, match=r"labels\.json"):
             read_peft_folder(tmp_path / "adapter", base)

@@ -32,7 +32,11 @@ def two_rounds(registry: Registry, publish: Publish) -> Registry:
 def damage(home: Path, *statements: str) -> None:
     """Write round the constraints, as another program could; PostgreSQL lets none do so."""
     with closing(sqlite3.connect(home / "registry.db", isolation_level=None)) as database:
-        for statement in ("PRAGMA foreign_keys = OFF", "PRAGMA ignore_check_constraints = ON", *statements):
+        triggers = database.execute(
+            "SELECT 'DROP TRIGGER ' || name FROM sqlite_master WHERE type = 'trigger'"
+        ).fetchall()
+        off = ["PRAGMA foreign_keys = OFF", "PRAGMA ignore_check_constraints = ON", *(drop for (drop,) in triggers)]
+        for statement in (*off, *statements):
             database.execute(statement)
 
 
