@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, PlatformCollector, ProcessColle
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from pomona.errors import PortInUse, RegistryUnavailable
+from pomona.errors import PortInUse, RegistryDamaged, RegistryUnavailable
 from pomona.storage.records import RoundState, RunState, SubmissionStatus
 from pomona.storage.registry import Registry
 from pomona.storage.statistics import OpenRound, Statistics
@@ -33,7 +33,7 @@ class RegistryCollector(Collector):
         """Yield one family of samples after another."""
         try:
             found = self._registry.statistics()
-        except RegistryUnavailable:
+        except (RegistryUnavailable, RegistryDamaged):
             yield GaugeMetricFamily("pomona_registry_up", "Whether the registry's database answers.", 0)
             return
         yield GaugeMetricFamily("pomona_registry_up", "Whether the registry's database answers.", 1)

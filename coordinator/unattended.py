@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pomona.coordinator.beginning import begin_run
 from pomona.coordinator.launch import new_run_id
 from pomona.coordinator.recovery import PROBE_S, Place, coordinated, only_coordinator, settings_of
-from pomona.errors import ConfigError, PomonaError, ProcessDied, RegistryUnavailable
+from pomona.errors import ConfigError, PomonaError, ProcessDied, RegistryDamaged, RegistryUnavailable
 from pomona.settings import RunSettings
 from pomona.storage.registry import Registry
 
@@ -93,7 +93,7 @@ class Keeper:
             return
         self._looked = time.monotonic()
         for run_id in list(self._watched):
-            with suppress(RegistryUnavailable):
+            with suppress(RegistryUnavailable, RegistryDamaged):
                 self._look_at(run_id)
 
     def _keep(self, run_id: str, settings: RunSettings, where: Place) -> None:

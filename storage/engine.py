@@ -19,7 +19,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, Operationa
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from pomona.errors import ConfigError, RegistryUnavailable
+from pomona.errors import ConfigError, RegistryDamaged, RegistryUnavailable
 
 BUSY_TIMEOUT_S = 30.0
 
@@ -28,6 +28,7 @@ _CONTESTS = {"40001", "40P01"}
 _PASSING = {"53300", "55P03", "57P01", "57P02", "57P03", *_CONTESTS}
 _TAKEN = "23505"
 _TAKEN_SQLITE = {sqlite3.SQLITE_CONSTRAINT_UNIQUE, sqlite3.SQLITE_CONSTRAINT_PRIMARYKEY}
+_DAMAGED_SQLITE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 _POSTGRESQL_LIMITS = {"connect_timeout": 10, "tcp_user_timeout": 30_000}  # s, ms; libpq itself waits for ever
 
 _WRITES = "pomona_writes"
@@ -114,14 +115,28 @@ def writing(engine: sa.Engine) -> Iterator[sa.Connection]:
 
 @contextmanager
 def database_errors(engine: sa.Engine) -> Iterator[None]:
-    """Turn what the driver raises into RegistryUnavailable; broken constraints pass, they are answers."""
+    """Turn what the driver raises into an error of the registry; broken constraints pass, they are answers.
+
+    Raises:
+        ConfigError: Text has half a surrogate pair, which no database takes.
+        RegistryDamaged: The file of the database is none, or is broken.
+        RegistryUnavailable: The database cannot be used for another reason.
+    """
     try:
         yield
     except IntegrityError:
         raise
+    except UnicodeEncodeError as error:
+        letter = ord(error.object[error.start])
+        raise ConfigError(f"expected text that a database can store, got U+{letter:04X} in {error.object!r}") from error
     except (DBAPIError, PoolTimeout) as error:
         cause = getattr(error, "orig", None) or error
         where = engine.url.render_as_string(hide_password=True)
+        if _is_damaged(cause):
+            raise RegistryDamaged(
+                f"the file of the registry database {where} is damaged: {' '.join(str(cause).split())}; "
+                "restore a backup of it by `pomona registry restore`"
+            ) from error
         raise RegistryUnavailable(
             f"the registry database {where} cannot be used: {' '.join(str(cause).split())}; "
             "check that it runs, that it is not locked, and that it may be written",
@@ -139,6 +154,11 @@ def is_taken(error: IntegrityError) -> bool:
     if isinstance(error.orig, sqlite3.Error):
         return getattr(error.orig, "sqlite_errorcode", None) in _TAKEN_SQLITE
     return _sqlstate(error) == _TAKEN
+
+
+def _is_damaged(cause: BaseException) -> bool:
+    code = getattr(cause, "sqlite_errorcode", None) or 0
+    return code & 0xFF in _DAMAGED_SQLITE  # the rest says in what way
 
 
 def _passes(error: DBAPIError | PoolTimeout) -> bool:

@@ -19,7 +19,12 @@ def default_home() -> Path:
 
 
 def open_registry(
-    home: Path | None = None, *, url: str | None = None, read_only: bool = False, patience_s: float = 0.0
+    home: Path | None = None,
+    *,
+    url: str | None = None,
+    read_only: bool = False,
+    create: bool = True,
+    patience_s: float = 0.0,
 ) -> Registry:
     """Open a registry, create it where there is none, and migrate it where it is older.
 
@@ -27,20 +32,22 @@ def open_registry(
         home: Folder of ``registry.db`` and ``blobs``; by default :func:`default_home`.
         url: Database to use instead of ``registry.db``; by default ``POMONA_REGISTRY_URL``.
         read_only: Create, migrate and write nothing.
+        create: Create a registry where there is none.
         patience_s: How long the database may be away, once it is open, before a method raises; what it does meanwhile
             it does once.
 
     Raises:
-        RegistryUnavailable: The database or the folder cannot be used.
+        RegistryUnavailable: The database or the folder cannot be used, or there is no registry and none is created.
+        RegistryDamaged: The file of the database is broken.
         SchemaTooNew: A newer package wrote it; nothing was changed.
     """
     home = home or default_home()
     url = url or os.environ.get("POMONA_REGISTRY_URL") or None
-    _prepare_home(home, needs_file=url is None, read_only=read_only)
+    _prepare_home(home, needs_file=url is None and (read_only or not create), read_only=read_only)
     engine = create_engine(url or sqlite_url(home / "registry.db", read_only=read_only), read_only=read_only)
     try:
         lock = home / "registry.lock" if engine.dialect.name == "sqlite" else None
-        schema.prepare(engine, lock=lock, read_only=read_only)
+        schema.prepare(engine, lock=lock, read_only=read_only, create=create)
     except BaseException:
         engine.dispose()
         raise
@@ -51,11 +58,11 @@ def open_registry(
 
 
 def _prepare_home(home: Path, *, needs_file: bool, read_only: bool) -> None:
+    if needs_file and not (home / "registry.db").is_file():
+        raise RegistryUnavailable(
+            f"there is no registry in {home}; a run creates it, or name another folder by --home or POMONA_HOME"
+        )
     if read_only:
-        if needs_file and not (home / "registry.db").is_file():
-            raise RegistryUnavailable(
-                f"there is no registry in {home}; a run creates it, or name another folder by --home or POMONA_HOME"
-            )
         return
     try:
         home.mkdir(parents=True, exist_ok=True)

@@ -107,7 +107,7 @@ class Registry:
             BaseModelError: The base model was not added.
             VersionConflict: Another run has that id.
         """
-        _check_name(adapter)
+        check_name(adapter)
         return self._write(
             lambda c: rounds.start_run(
                 c, run_id=run_id, adapter=adapter, base_sha256=base_sha256, settings_json=settings_json
@@ -218,7 +218,7 @@ class Registry:
             BlobWriteError: The payload could not be written; nothing was published.
             VersionConflict: The adapter's newest version is not the one expected.
         """
-        _check_name(new.adapter)
+        check_name(new.adapter)
         sha256 = self.blobs.put(new.payload)
         return self._write(lambda c: publishing.publish_import(c, new, sha256))
 
@@ -443,7 +443,12 @@ class Registry:
         return until_done(attempt, patience_s=self._patience_s)
 
 
-def _check_name(adapter: str) -> None:
+def check_name(adapter: str) -> None:
+    """Do nothing if an adapter can have that name.
+
+    Raises:
+        ConfigError: It cannot.
+    """
     try:
         _ADAPTER_NAME.validate_python(adapter)
     except ValidationError as error:

@@ -2,7 +2,7 @@
 
 import fcntl
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -18,6 +18,8 @@ from pomona.errors import RegistryDamaged, RegistryUnavailable, SchemaTooNew
 from pomona.storage.audit import ADVISORY_LOCK
 from pomona.storage.engine import keep_log, reading, without_foreign_keys, writing
 
+_OURS = {"adapter", "version"}  # tables of every schema
+
 _one_thread = threading.Lock()  # alembic's `op` and `context` belong to the process
 
 
@@ -29,23 +31,29 @@ def alembic_config() -> Config:
     return config
 
 
-def prepare(engine: sa.Engine, *, lock: Path | None, read_only: bool) -> None:
-    """Migrate the database if it is older, and refuse it if it is newer.
+def prepare(engine: sa.Engine, *, lock: Path | None, read_only: bool, create: bool = True) -> None:
+    """Migrate the database if it is older, and refuse it if it is newer or another program's.
 
     Args:
         engine: The database.
         lock: A file that processes exclude each other by while they migrate; PostgreSQL needs none.
         read_only: Refuse an older database too.
+        create: Make a registry of an empty database.
 
     Raises:
         SchemaTooNew: The schema is unknown to this package; nothing was changed.
-        RegistryUnavailable: The database cannot be used, or is older and may not be written.
+        RegistryUnavailable: The database cannot be used, is no registry, or is older and may not be written.
         RegistryDamaged: It is older and has rows that the schema of this package does not allow; nothing was changed.
     """
     config = alembic_config()
     head = ScriptDirectory.from_config(config).get_current_head()
-    if _revision(engine, config) == head:
+    found = _revision(engine, config)
+    if found == head:
         return
+    if found is None and not create:
+        raise RegistryUnavailable(
+            f"there is no registry in {_where(engine)}, it is empty; a run creates one, or name another"
+        )
     if read_only:
         raise RegistryUnavailable(
             "the registry was written by an older pomona, or not finished, and was opened read-only; "
@@ -73,15 +81,32 @@ def _upgrade(engine: sa.Engine, config: Config) -> None:
 
 
 def _revision(engine: sa.Engine, config: Config) -> str | None:
-    with reading(engine) as connection:
-        heads = MigrationContext.configure(connection).get_current_heads()
     known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
-    if unknown := sorted(set(heads) - known):
+    with reading(engine) as connection:
+        heads = set(MigrationContext.configure(connection).get_current_heads())
+        if heads != {max(known)}:
+            _refuse_another_programs(connection, heads)
+    if unknown := sorted(heads - known):
         raise SchemaTooNew(
             f"the registry has schema {', '.join(unknown)}, this pomona knows up to {max(known)}; "
             "it was written by a newer pomona: upgrade this one (pip install -U pomona); nothing was changed"
         )
-    return heads[0] if heads else None
+    return min(heads, default=None)
+
+
+def _refuse_another_programs(connection: sa.Connection, heads: Set[str]) -> None:
+    tables = set(sa.inspect(connection).get_table_names()) - {"alembic_version"}
+    # PostgreSQL has databases that are shared, and tables that its extensions made
+    others = not tables >= _OURS if heads else bool(tables) and connection.dialect.name == "sqlite"
+    if others:
+        raise RegistryUnavailable(
+            f"{_where(connection.engine)} is not a Pomona registry, its tables are another program's; nothing was "
+            "changed: name another folder by --home or POMONA_HOME, or another database by POMONA_REGISTRY_URL"
+        )
+
+
+def _where(engine: sa.Engine) -> str:
+    return f"the database {engine.url.render_as_string(hide_password=True)}"
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from pomona.errors import AdapterNotFound, ConfigError
 from pomona.storage import audit
 from pomona.storage import tables as t
 from pomona.storage.records import AdapterSummary, Version
-from pomona.storage.values import read_metrics, text
+from pomona.storage.values import is_storable, read_metrics
 
 _NUMBER = re.compile(r"[0-9]{1,9}")
 _ALIAS = re.compile(r"[a-z][a-z0-9_-]{0,63}")
@@ -61,6 +61,8 @@ def resolve(connection: sa.Connection, ref: str) -> Version:
         case "/":
             number = int(rest) if _NUMBER.fullmatch(rest) else 0
             found = load(connection, of_name, t.version.c.version == number)
+        case "@" if not is_storable(rest):
+            found = []
         case "@":
             pointer = sa.select(t.alias.c.version_id).filter_by(adapter_name=name, alias=rest)
             found = load(connection, t.version.c.id == pointer.scalar_subquery())
@@ -156,13 +158,15 @@ def set_tag(connection: sa.Connection, ref: str, key: str, value: str) -> Versio
         raise ConfigError(f"expected a tag key of letters, digits and ._/- that begins with no mark, got {key!r}")
     if len(value) > _TAG_LENGTH:
         raise ConfigError(f"expected a tag value of at most {_TAG_LENGTH} characters, got {len(value)}")
+    if not is_storable(value):
+        raise ConfigError(f"expected a tag value of characters that can be stored, got {value!r}")
     version = resolve(connection, ref)
-    if version.tags.get(key) == text(value, limit=_TAG_LENGTH):
+    if version.tags.get(key) == value:
         return version
     row = {"version_id": version.id, "key": key}
     connection.execute(sa.delete(t.tag).where(t.tag.c.version_id == version.id, t.tag.c.key == key))
-    connection.execute(sa.insert(t.tag).values(**row, value=text(value, limit=_TAG_LENGTH)))
-    audit.append(connection, "tag-set", version.ref, key=key, value=text(value, limit=_TAG_LENGTH))
+    connection.execute(sa.insert(t.tag).values(**row, value=value))
+    audit.append(connection, "tag-set", version.ref, key=key, value=value)
     return resolve(connection, version.ref)
 
 
@@ -208,7 +212,7 @@ def require_adapter(connection: sa.Connection, name: str) -> None:
     Raises:
         AdapterNotFound: There is none; the message names what there is.
     """
-    if connection.scalar(sa.select(t.adapter.c.name).filter_by(name=name)) is not None:
+    if is_storable(name) and connection.scalar(sa.select(t.adapter.c.name).filter_by(name=name)) is not None:
         return
     names = connection.scalars(sa.select(t.adapter.c.name).order_by("name")).all()
     if close := difflib.get_close_matches(name, names, n=3):

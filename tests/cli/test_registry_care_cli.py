@@ -79,7 +79,7 @@ def test_a_damaged_registry_has_a_list_and_a_code(call: Call, registry: Registry
     people = call("verify")
     assert people.exit_code == 17
     assert "version demo/1" in people.stdout
-    assert "1 problems" in people.stdout
+    assert "1 problem" in people.stdout
     assert people.stderr.count("\n") == 1
     machines = call("verify", "--json")
     document = json.loads(machines.stdout)
@@ -94,7 +94,7 @@ def test_garbage_is_named_then_deleted(call: Call, registry: Registry) -> None:
     os.utime(registry.blobs.path(sha256), (then, then))
     tried = json.loads(call("gc", "--grace", "1", "--dry-run", "--json").stdout)
     assert [item["sha256"] for item in tried["blobs"]] == [sha256]
-    assert "deleted 1 blobs of 17 bytes in all and 0 leftovers" in call("gc", "--grace", "1").stdout
+    assert "deleted 1 blob of 17 bytes in all and 0 leftovers" in call("gc", "--grace", "1").stdout
     assert not registry.blobs.path(sha256).exists()
     assert call("gc", "--grace", "-1").exit_code == 2
 

@@ -1,6 +1,7 @@
 """The commands print what is there, for people and for machines, and end with the documented codes."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from safetensors.numpy import save
 from typer.testing import CliRunner
 
 from pomona.cli import output
-from pomona.cli.registry import app
+from pomona.cli.registry import VERSION_COLUMNS, app
 from pomona.storage.opening import open_registry
 from pomona.storage.records import NewSubmission, NewVersion, SubmissionStatus
 from pomona.storage.registry import Registry
@@ -243,3 +244,51 @@ def test_help_is_quick_because_it_loads_nothing() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["gc"],
+        ["tag", "demo/1", "stage=live"],
+        ["alias", "demo", "champion", "1"],
+        ["alias", "demo", "champion", "--remove"],
+    ],
+    ids=["gc", "tag", "alias", "alias --remove"],
+)
+def test_a_mistyped_home_creates_no_registry(tmp_path: Path, arguments: list[str]) -> None:
+    result = CliRunner().invoke(app, [*arguments, "--home", str(tmp_path / "typo")])
+    assert result.exit_code == 16
+    assert "there is no registry in" in result.stderr
+    assert not (tmp_path / "typo").exists()
+
+
+def test_half_a_surrogate_pair_in_an_argument_is_one_line(call: Call) -> None:
+    missing = call("show", "a\udc80")
+    assert (missing.exit_code, len(missing.stderr.splitlines())) == (11, 1)
+    refused = call("tag", "demo/1", "stage=a\udc80")
+    assert (refused.exit_code, len(refused.stderr.splitlines())) == (3, 1)
+
+
+@pytest.mark.parametrize("command", [["versions", "demo"], ["search"], ["audit"], ["runs"]], ids=lambda value: value[0])
+def test_no_date_event_or_header_breaks_in_80_columns(
+    call: Call, registry: Registry, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    registry.set_tag("demo/2", "site", "b" * 300)
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = call(*command).stdout
+    table = [line for line in shown.splitlines() if line.startswith(("┃", "│"))]
+    headers = [each.strip() for each in table[0].strip("┃").split("┃")]
+    known = {*VERSION_COLUMNS, "at", "event", "subject", "details", "run", "adapter", "state", "rounds", "reason"}
+    assert set(headers) <= known | {"record", "actor", "clients", "started", "finished"}
+    assert max(len(line) for line in table) <= 80
+    assert "bbb..." in shown or command == ["runs"] or "tags" not in headers
+    if command == ["audit"]:
+        assert "submission-recorded" in shown
+    if {"created", "at", "finished"} & set(headers):
+        assert re.search(r"\d{4}-\d\d-\d\d \d\d:\d\d", shown)
+
+
+def test_a_list_of_nothing_is_one_line(call: Call) -> None:
+    assert call("search", "rank > 99").stdout == "0 found\n"
+    assert "1 run" in call("runs").stdout.splitlines()[0].split("  ")

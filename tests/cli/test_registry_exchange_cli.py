@@ -53,6 +53,16 @@ def call(tmp_path: Path) -> Call:
     return lambda *arguments: CliRunner().invoke(app, [*map(str, arguments), "--home", str(tmp_path / "home")])
 
 
+@pytest.mark.parametrize("wrong", ["folder", "name"])
+def test_what_cannot_be_taken_in_creates_no_registry(
+    call: Call, tmp_path: Path, adapter: Path, base: Path, wrong: str
+) -> None:
+    folder, name = (tmp_path / "typo", "demo") if wrong == "folder" else (adapter, "no name")
+    result = call("import", folder, "--name", name, "--base", base)
+    assert result.exit_code != 0
+    assert not (tmp_path / "home").exists()
+
+
 @pytest.fixture
 def taken_in(call: Call, adapter: Path, base: Path) -> dict[str, object]:
     result = call("import", adapter, "--name", "demo", "--base", base, "--json")

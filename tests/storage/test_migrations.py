@@ -192,6 +192,46 @@ def test_a_newer_registry_is_refused_and_left_alone(home: Path) -> None:
     assert (home / "registry.db").read_bytes() == before
 
 
+FOREIGN = {
+    "another program's tables": "CREATE TABLE bookmark (id INTEGER)",
+    "its migrations": "CREATE TABLE alembic_version (version_num TEXT); CREATE TABLE bookmark (id INTEGER);"
+    "INSERT INTO alembic_version VALUES ('1ee7beef')",
+    "numbered like ours": "CREATE TABLE alembic_version (version_num TEXT); CREATE TABLE bookmark (id INTEGER);"
+    "INSERT INTO alembic_version VALUES ('0001')",
+}
+
+
+@pytest.mark.parametrize("script", FOREIGN.values(), ids=FOREIGN)
+def test_another_programs_database_is_refused_and_left_alone(home: Path, script: str) -> None:
+    home.mkdir()
+    with closing(sqlite3.connect(home / "registry.db")) as connection, connection:
+        connection.executescript(script)
+    before = (home / "registry.db").read_bytes()
+    for read_only in (False, True):
+        with pytest.raises(RegistryUnavailable, match="is not a Pomona registry"):
+            open_registry(home, read_only=read_only)
+    assert (home / "registry.db").read_bytes() == before
+
+
+def test_a_damaged_database_is_called_so(home: Path) -> None:
+    open_registry(home).close()
+    whole = (home / "registry.db").read_bytes()
+    (home / "registry.db").write_bytes(whole[:4096] + b"\xff" * (len(whole) - 4096))
+    with pytest.raises(RegistryDamaged, match="is damaged: database disk image is malformed; restore a backup"):
+        open_registry(home)
+
+
+@pytest.mark.parametrize("empty", [False, True], ids=["no folder", "an empty file"])
+def test_a_registry_is_created_only_where_that_is_meant(home: Path, *, empty: bool) -> None:
+    if empty:
+        home.mkdir()
+        (home / "registry.db").touch()
+    with pytest.raises(RegistryUnavailable, match="there is no registry in"):
+        open_registry(home, create=False)
+    assert (home / "registry.db").exists() == empty
+    assert not empty or (home / "registry.db").read_bytes() == b""
+
+
 def test_an_unfinished_registry_is_not_migrated_by_a_reader(home: Path) -> None:
     home.mkdir()
     sqlite3.connect(home / "registry.db").close()

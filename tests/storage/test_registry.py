@@ -16,7 +16,14 @@ import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 from tests.storage.filling import SQLITE_ONLY
 
-from pomona.errors import AdapterNotFound, BlobCorrupt, ConfigError, RegistryUnavailable, VersionConflict
+from pomona.errors import (
+    AdapterNotFound,
+    BlobCorrupt,
+    ConfigError,
+    RegistryDamaged,
+    RegistryUnavailable,
+    VersionConflict,
+)
 from pomona.storage import engine
 from pomona.storage.engine import reading, writing
 from pomona.storage.opening import default_home, open_registry
@@ -131,9 +138,29 @@ def test_an_alias_cannot_point_at_nothing(registry: Registry, publish: Publish) 
 def test_a_tag_is_replaced(registry: Registry, publish: Publish) -> None:
     publish()
     registry.set_tag("demo", "stage", "test")
-    assert registry.set_tag("demo/1", "stage", "live\x00").tags == {"stage": "live\N{REPLACEMENT CHARACTER}"}
+    assert registry.set_tag("demo/1", "stage", "live").tags == {"stage": "live"}
     with pytest.raises(ConfigError, match="tag key"):
         registry.set_tag("demo", "=x", "")
+
+
+@pytest.mark.parametrize("value", ["a\x00b", "a\udc80"])
+def test_a_tag_that_cannot_be_stored_as_typed_is_refused(registry: Registry, publish: Publish, value: str) -> None:
+    publish()
+    with pytest.raises(ConfigError, match="expected a tag value of characters that can be stored"):
+        registry.set_tag("demo/1", "stage", value)
+    assert registry.resolve("demo/1").tags == {}
+
+
+@pytest.mark.parametrize("ref", ["a\udc80", "a\udc80/1", "demo@a\udc80", "demo/\udc80", "a\x00", "demo@a\x00"])
+def test_a_reference_that_no_database_takes_is_not_found(registry: Registry, publish: Publish, ref: str) -> None:
+    publish()
+    with pytest.raises(AdapterNotFound, match="there is no"):
+        registry.resolve(ref)
+
+
+def test_half_a_surrogate_pair_is_no_crash_of_the_driver(registry: Registry) -> None:
+    with pytest.raises(ConfigError, match=r"got U\+DC80"):
+        registry.run("a\udc80")
 
 
 def test_the_lineage_leads_to_the_first_version(registry: Registry, publish: Publish) -> None:
@@ -242,7 +269,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 def test_a_file_that_is_no_database_is_left_alone(home: Path) -> None:
     home.mkdir()
     (home / "registry.db").write_bytes(b"this is no database" * 100)
-    with pytest.raises(RegistryUnavailable, match="not a database"):
+    with pytest.raises(RegistryDamaged, match="is damaged: file is not a database; restore a backup"):
         open_registry(home)
     assert (home / "registry.db").read_bytes() == b"this is no database" * 100
 

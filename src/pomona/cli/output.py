@@ -58,21 +58,107 @@ def console(*, stderr: bool = False) -> "Console":
     return Console(file=sys.stderr if stderr else sys.stdout, highlight=False)
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str = "") -> "Table":
-    """Return a table of values; whatever they hold is shown, never interpreted."""
+def table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    *,
+    title: str = "",
+    drop: Sequence[str] = (),
+    longest: int | None = None,
+) -> "Table":
+    """Return a table of values; whatever they hold is shown, never interpreted.
+
+    Args:
+        columns: Their headers.
+        rows: The values.
+        title: What it is a table of.
+        drop: Headers of columns to leave out, one after another, until the others fit the terminal.
+        longest: Cut text that has more characters than this.
+    """
     from rich.table import Table  # noqa: PLC0415
 
-    result = Table(title=plain(title) if title else None, title_justify="left")
-    for column in columns:
-        result.add_column(column, overflow="fold")
-    for row in rows:
-        result.add_row(*map(cell, row))
+    cells = [[cell(_cut(value, longest)) for value in row] for row in rows]
+    needed = [_room(column, [row[at] for row in cells]) for at, column in enumerate(columns)]
+    kept, width = _fitting(columns, [least for least, _ in needed], drop, console().width)
+    result = Table(title=plain(title) if title else None, title_justify="left", caption_justify="left")
+    for at, share in zip(kept, _shares([needed[at] for at in kept], width), strict=True):
+        result.add_column(columns[at], overflow="fold", width=share)
+    for row in cells:
+        result.add_row(*(row[at] for at in kept))
+    if len(kept) < len(columns):
+        left_out = ", ".join(column for at, column in enumerate(columns) if at not in kept)
+        result.caption = f"no room for: {left_out}"
     return result
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str = "") -> None:
-    """Print a table."""
-    console().print(table(columns, rows, title=title))
+def print_table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    *,
+    title: str = "",
+    drop: Sequence[str] = (),
+    longest: int | None = None,
+) -> None:
+    """Print a table; of one without rows only the title, on one line."""
+    listed = list(rows)
+    if listed:
+        console().print(table(columns, listed, title=title, drop=drop, longest=longest))
+    else:
+        console().print(plain(title), soft_wrap=True)
+
+
+def counted(count: int, noun: str) -> str:
+    """Return how many there are: ``1 run``, ``2 runs``."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+_FRAME, _PADDING = 1, 3  # characters of a table, and of each of its columns, that hold no text
+_UNBROKEN = 24  # longest text that stays on one line
+_WORD = 14  # longer words of longer texts may be broken
+
+
+def _cut(value: object, longest: int | None) -> object:
+    if longest is None or not isinstance(value, str) or len(line := one_line(value)) <= longest:
+        return value
+    return f"{line[: longest - 3]}..."
+
+
+def _room(column: str, cells: Sequence[str]) -> tuple[int, int]:
+    """Return the width in which no header, date, name or other word of a column breaks, and that of the whole text."""
+    from rich.text import Text  # noqa: PLC0415
+
+    texts = [Text.from_markup(each) for each in cells]
+    whole = max([len(column), *(each.cell_len for each in texts)])
+    words = [word.cell_len for each in texts for word in each.split()]
+    least = whole if whole <= _UNBROKEN else min(_WORD, max([len(column), *words]))
+    return max(least, len(column)), whole
+
+
+def _fitting(
+    columns: Sequence[str], least: Sequence[int], drop: Sequence[str], width: int
+) -> tuple[list[int], int | None]:
+    """Return which columns to show, and how much room their text has; ``None`` if it is too little all the same."""
+    kept = list(range(len(columns)))
+    for candidate in (None, *drop):
+        kept = [at for at in kept if columns[at] != candidate]
+        room = width - _FRAME - _PADDING * len(kept)
+        if sum(least[at] for at in kept) <= room:
+            return kept, room
+    return kept, None
+
+
+def _shares(needed: Sequence[tuple[int, int]], width: int | None) -> list[int | None]:
+    """Return the width of each column: what it needs, and of what is left over as much as it can use."""
+    if width is None:
+        return [None] * len(needed)
+    shares = [least for least, _ in needed]
+    left = width - sum(shares)
+    wants = sorted(range(len(needed)), key=lambda at: needed[at][1] - needed[at][0])
+    for place, at in enumerate(wants):
+        more = min(needed[at][1] - needed[at][0], left // (len(wants) - place))
+        shares[at] += more
+        left -= more
+    return list(shares)
 
 
 INTERRUPTED = 128 + signal.SIGINT

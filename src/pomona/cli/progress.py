@@ -5,7 +5,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from pomona.cli.output import console, table
-from pomona.errors import RegistryUnavailable
+from pomona.errors import RegistryDamaged, RegistryUnavailable
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -61,7 +61,7 @@ class UnattendedRuns:
 
     def show(self) -> None:
         """Print what is new; nothing while the registry cannot be used, since that ends no run."""
-        with suppress(RegistryUnavailable):
+        with suppress(RegistryUnavailable, RegistryDamaged):
             for run_id, view in list(self._views.items()):
                 run = self._registry.run(run_id)
                 view.show(run)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pomona.cli.output import console, exit_on_error, plain, print_json, print_table
+from pomona.cli.output import console, counted, exit_on_error, plain, print_json, print_table
 from pomona.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -38,6 +38,12 @@ VERSION_COLUMNS = (
     "made by",
     "created",
 )
+# what a list leaves out first where the terminal is narrow; `show` and --json have it
+VERSION_DROP = ("energy", "made by", "exactness", "tags", "rank", "aliases")
+LONGEST = 60  # characters of a text in a list
+_ADAPTER_DROP = ("rank", "versions", "aliases")
+_RUN_DROP = ("clients", "started", "finished", "rounds")
+_SUBMISSION_DROP = ("sha256", "examples")
 
 
 @app.command("ls")
@@ -49,7 +55,8 @@ def list_adapters(*, home: Home = None, as_json: Json = False) -> None:
             print_json([_adapter_facts(item) for item in found])
         else:
             columns = ("adapter", "versions", "newest", "rank", "metrics", "aliases", "updated")
-            print_table(columns, map(_adapter_row, found), title=_counted(len(found), "adapter"))
+            title = counted(len(found), "adapter")
+            print_table(columns, map(_adapter_row, found), title=title, drop=_ADAPTER_DROP, longest=LONGEST)
 
 
 @app.command()
@@ -63,7 +70,7 @@ def show(ref: Ref, *, home: Home = None, as_json: Json = False) -> None:
             return
         print_table(("", ""), _version_details(version), title=version.ref)
         columns = ("client", "rank", "examples", "weight", "sha256", "status", "reason")
-        print_table(columns, map(submission_row, sent), title=_counted(len(sent), "submission"))
+        print_table(columns, map(submission_row, sent), title=counted(len(sent), "submission"), drop=_SUBMISSION_DROP)
         if any(item.spectrum for item in sent):
             changed = (
                 "client",
@@ -89,7 +96,8 @@ def versions(
         if as_json:
             print_json([version_facts(item) for item in found])
         else:
-            print_table(VERSION_COLUMNS, map(version_row, found), title=name)
+            title = name if found else f"{name} has no versions yet"
+            print_table(VERSION_COLUMNS, map(version_row, found), title=title, drop=VERSION_DROP, longest=LONGEST)
 
 
 @app.command()
@@ -144,7 +152,13 @@ def runs(*, home: Home = None, as_json: Json = False) -> None:
             print_json(found)
         else:
             columns = ("run", "adapter", "state", "rounds", "clients", "started", "finished", "reason")
-            print_table(columns, [_run_row(registry, run) for run in found], title=f"{len(found)} runs")
+            print_table(
+                columns,
+                [_run_row(registry, run) for run in found],
+                title=counted(len(found), "run"),
+                drop=_RUN_DROP,
+                longest=LONGEST,
+            )
 
 
 def _show_moves(name: str, alias: str, *, home: Path | None, as_json: bool) -> None:
@@ -158,11 +172,17 @@ def _show_moves(name: str, alias: str, *, home: Path | None, as_json: bool) -> N
 
 
 @contextmanager
-def opened(home: Path | None, *, as_json: bool, writes: bool = False) -> Iterator["Registry"]:
-    """Open a registry for a command, read-only unless it writes; end with an error's exit code."""
+def opened(home: Path | None, *, as_json: bool, writes: bool = False, creates: bool = False) -> Iterator["Registry"]:
+    """Open a registry for a command, read-only unless it writes; end with an error's exit code.
+
+    A registry that is not there is created only for a command that says so: a mistyped folder is an error.
+    """
     from pomona.storage.opening import open_registry  # noqa: PLC0415
 
-    with exit_on_error(as_json=as_json), open_registry(home, read_only=not writes) as registry:
+    with (
+        exit_on_error(as_json=as_json),
+        open_registry(home, read_only=not writes, create=creates) as registry,
+    ):
         yield registry
 
 
@@ -265,10 +285,6 @@ def _run_row(registry: "Registry", run: "Run") -> Sequence[object]:
         run.finished_at,
         run.reason,
     )
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def pairs(values: Mapping[str, object]) -> str:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pomona.cli.options import Home, Json
-from pomona.cli.output import console, error_facts, exit_on_error, plain, print_json, print_table
+from pomona.cli.output import console, counted, error_facts, exit_on_error, plain, print_json, print_table
 from pomona.cli.registry import opened
 from pomona.errors import RegistryDamaged
 
@@ -50,10 +50,9 @@ def audit(
 
 def _show(shown: Sequence["AuditRecord"], count: int, head: str, *, whole: bool) -> None:
     if shown:
-        print_table(_COLUMNS, [_row(record) for record in shown])
-    line = (
-        f"{count} records, of which the newest {len(shown)} are shown; " if count > len(shown) else f"{count} records; "
-    )
+        print_table(_COLUMNS, [_row(record) for record in shown], drop=("actor", "record"), longest=120)
+    line = counted(count, "record")
+    line += f", of which the newest {len(shown)} are shown; " if count > len(shown) else "; "
     line += "each follows on the one before it; " if whole else ""
     console().print(plain(f"{line}head {head}"), soft_wrap=True)
 

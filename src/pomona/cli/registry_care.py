@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pomona.cli.options import Home, Json
-from pomona.cli.output import console, error_facts, exit_on_error, plain, print_json, print_table
+from pomona.cli.output import console, counted, error_facts, exit_on_error, plain, print_json, print_table
 from pomona.cli.registry import opened, say
 from pomona.errors import RegistryDamaged
 
@@ -50,11 +50,11 @@ def collect(
         done = collect_garbage(registry, grace_s=grace * 3600.0, dry_run=dry_run)
         size = sum(blob.bytes for blob in done.blobs)
         if done.blobs and not dry_run:
-            registry.log_event("garbage-collected", f"{len(done.blobs)} blobs", bytes=size)
+            registry.log_event("garbage-collected", counted(len(done.blobs), "blob"), bytes=size)
     verb = "would delete" if dry_run else "deleted"
     line = (
-        f"{verb} {len(done.blobs)} blobs of {size} bytes in all and {done.leftovers} leftovers; "
-        f"{done.young} unnamed blobs are younger than {grace:g} h and stay"
+        f"{verb} {counted(len(done.blobs), 'blob')} of {counted(size, 'byte')} in all and "
+        f"{counted(done.leftovers, 'leftover')}; unnamed blobs younger than {grace:g} h that stay: {done.young}"
     )
     facts = {"blobs": done.blobs, "bytes": size, "leftovers": done.leftovers, "young": done.young, "dry_run": dry_run}
     say(line, facts, as_json=as_json)
@@ -71,7 +71,11 @@ def backup(
 
     with opened(home, as_json=as_json) as registry, _progress("blobs") as progress:
         done = write_backup(registry, file, progress=progress)
-    say(f"wrote {done.path}: {done.blobs} blobs, {done.bytes} bytes", dataclasses.asdict(done), as_json=as_json)
+    say(
+        f"wrote {done.path}: {counted(done.blobs, 'blob')}, {counted(done.bytes, 'byte')}",
+        dataclasses.asdict(done),
+        as_json=as_json,
+    )
 
 
 def restore(
@@ -97,9 +101,7 @@ def restore(
 
 def _tell(report: "Verification", *, as_json: bool, more: Mapping[str, object] = MappingProxyType({})) -> None:
     """Print a report; end with RegistryDamaged's code where something is wrong."""
-    damaged = RegistryDamaged(
-        f"{len(report.problems)} things are wrong with this registry; the list says what to do about each"
-    )
+    damaged = RegistryDamaged(f"{_verdict(report)} with this registry; the list says what to do about each")
     if as_json:
         error = {"error": error_facts(damaged)} if report.problems else {}
         names = ("blobs", "bytes", "problems", "notes")
@@ -107,14 +109,17 @@ def _tell(report: "Verification", *, as_json: bool, more: Mapping[str, object] =
     else:
         _print_findings(report.problems, title="problems")
         _print_findings(report.notes, title="not wrong, but of no use")
-        console().print(plain(f"read {report.blobs} blobs of {report.bytes} bytes: {_verdict(report)}"), soft_wrap=True)
+        console().print(
+            plain(f"read {counted(report.blobs, 'blob')} of {counted(report.bytes, 'byte')}: {_verdict(report)}"),
+            soft_wrap=True,
+        )
     with exit_on_error():
         if report.problems:
             raise damaged
 
 
 def _verdict(report: "Verification") -> str:
-    return f"{len(report.problems)} problems" if report.problems else "everything is there and fits together"
+    return counted(len(report.problems), "problem") if report.problems else "everything is there and fits together"
 
 
 def _print_findings(findings: Sequence["Finding"], *, title: str) -> None:

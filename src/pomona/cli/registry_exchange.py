@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from pomona.cli.options import Home, Json
+from pomona.cli.output import exit_on_error
 from pomona.cli.registry import Ref, opened, say, version_facts
 from pomona.errors import ConfigError
 
@@ -74,22 +75,24 @@ def take_in(
     as_json: Json = False,
 ) -> None:
     """Publish a LoRA adapter that peft saved, as it is, with all scaling folded in."""
-    with opened(home, as_json=as_json, writes=True) as registry:
-        from pomona.base_model import base_model_sha256, find_base_model, public_name  # noqa: PLC0415
-        from pomona.storage.peft_folder import read_peft_folder  # noqa: PLC0415
-        from pomona.storage.records import NewImport  # noqa: PLC0415
+    from pomona.base_model import base_model_sha256, find_base_model, public_name  # noqa: PLC0415
+    from pomona.storage.peft_folder import read_peft_folder  # noqa: PLC0415
+    from pomona.storage.records import NewImport  # noqa: PLC0415
+    from pomona.storage.registry import check_name  # noqa: PLC0415
 
+    with exit_on_error(as_json=as_json):  # what cannot be taken in creates no registry
+        check_name(name)
         path = find_base_model(base)
         adapter = read_peft_folder(folder.expanduser(), path, task=task)
-        version = registry.publish_import(
-            NewImport(
-                adapter=name,
-                payload=adapter.payload,
-                base_sha256=base_model_sha256(path),
-                base_model=public_name(base),
-                base_source=base,
-                rank=adapter.rank,
-                recipe=adapter.recipe,
-            )
+        new = NewImport(
+            adapter=name,
+            payload=adapter.payload,
+            base_sha256=base_model_sha256(path),
+            base_model=public_name(base),
+            base_source=base,
+            rank=adapter.rank,
+            recipe=adapter.recipe,
         )
+    with opened(home, as_json=as_json, writes=True, creates=True) as registry:
+        version = registry.publish_import(new)
         say(f"{version.ref} is {folder}, rank {version.rank}", version_facts(version), as_json=as_json)

@@ -8,7 +8,7 @@ import typer
 
 from pomona.cli.options import Home, Json
 from pomona.cli.output import console, plain, print_json, print_table
-from pomona.cli.registry import VERSION_COLUMNS, opened, version_facts, version_row
+from pomona.cli.registry import LONGEST, VERSION_COLUMNS, VERSION_DROP, opened, version_facts, version_row
 from pomona.cli.sparkline import sparkline
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def search(
             print_json({"versions": found, "next_page_token": page.next_page_token})
             return
         rows = [(item.ref, *version_row(item)[1:]) for item in page.versions]
-        print_table(VERSION_COLUMNS, rows, title=f"{len(rows)} found")
+        print_table(VERSION_COLUMNS, rows, title=f"{len(rows)} found", drop=VERSION_DROP, longest=LONGEST)
         if page.next_page_token:
             console().print(plain(f"there are more: --page-token {page.next_page_token}"), soft_wrap=True)
 
@@ -63,7 +63,9 @@ def metrics(
             print_json(histories)
         elif metric is None:
             columns = ("metric", "versions", "first", "lowest", "highest", "newest", "over versions")
-            print_table(columns, map(_summary, histories), title=name)
+            title = name if histories else f"the versions of {name} have no metrics"
+            drop = ("lowest", "first", "highest", "over versions")
+            print_table(columns, map(_summary, histories), title=title, drop=drop)
         else:
             _show_points(name, histories[0])
 
