@@ -258,6 +258,7 @@ import os, signal, sys
 from pathlib import Path
 from pomona.processes import Supervisor, child_environment, terminated_like_interrupted
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
 os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), int(sys.argv[2])))
 with terminated_like_interrupted():
     try:

@@ -68,8 +68,13 @@ class Terminal:
 
     def wait_for_text(self, name: str, text: str, *, timeout_s: float = 60.0) -> str:
         """Wait until a background command has printed a text, and return all that it printed."""
-        wait_until(lambda: text in self.output(name).read_text(), what=f"{text!r} from {name}", timeout_s=timeout_s)
-        return self.output(name).read_text()
+        output = self.output(name)
+        wait_until(
+            lambda: text in output.read_text(),
+            what=lambda: f"{text!r} from {name}, which printed:\n{output.read_text()}",
+            timeout_s=timeout_s,
+        )
+        return output.read_text()
 
     def processes(self) -> list[psutil.Process]:
         """Return every living process that carries the mark, whoever its parent is."""
@@ -102,12 +107,12 @@ def _obey_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background of a script inherits that it is ignored
 
 
-def wait_until(condition: Callable[[], bool], *, what: str, timeout_s: float) -> None:
+def wait_until(condition: Callable[[], bool], *, what: str | Callable[[], str], timeout_s: float) -> None:
     """Wait for a condition, or fail and name it."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:
-            pytest.fail(f"waited {timeout_s} s in vain for {what}")
+            pytest.fail(f"waited {timeout_s} s in vain for {what() if callable(what) else what}")
         time.sleep(0.2)
 
 

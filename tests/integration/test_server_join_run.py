@@ -112,7 +112,7 @@ def test_a_server_that_was_killed_or_stopped_goes_on_where_it_was(
 
     port = address.rsplit(":", 1)[1]
     again = terminal.start("again", "server", "--home", str(home), "--port", port, "--insecure")
-    terminal.wait_for_text("again", "going on with run", timeout_s=90)
+    terminal.wait_for_text("again", "going on with", timeout_s=90)
     followed = terminal.run("run", "--resume", "latest", "--home", str(home), "--json", timeout_s=400.0)
     assert followed.returncode == 0, "it is followed, whichever of the two has started it: " + followed.stdout
     assert last_json(followed.stdout)["adapter"] == f"toy/{rounds}"
