@@ -22,7 +22,7 @@ from pomona.batches import Encoded
 from pomona.coordinator.beginning import begin_run, load_held_out
 from pomona.coordinator.enrolment import Introduction, Roster, choose_cohort
 from pomona.coordinator.recovery import committed_rounds, known_members, unfinished_round, waiting_submissions
-from pomona.coordinator.replies import Puller, Reply, collect, server_gone
+from pomona.coordinator.replies import Puller, Reply, collect, push, server_gone
 from pomona.coordinator.strategy import Aggregate, LoraStrategy
 from pomona.coordinator.trusted import TrustedTrainer
 from pomona.errors import (
@@ -254,7 +254,7 @@ class _Federation:
         if nodes:
             messages = [Message(content, dst_node_id=node, message_type=TELL, ttl=ttl) for node in nodes]
             with contextlib.suppress(ObjectPushError):  # the log has it, and the client's next round goes on
-                self._grid.push_messages(messages)
+                push(self._grid, messages)
 
     def _publish(self, number: int, aggregate: Aggregate) -> Version:
         settings, run_id = self._settings, self._invitation.run_id
@@ -358,7 +358,7 @@ class _Federation:
         json, ttl = self._invitation.model_dump_json(), self._settings.cohort.join_timeout_s
         messages = [Message(pack("invitation", json), dst_node_id=node, message_type=ENROL, ttl=ttl) for node in nodes]
         try:
-            sent = self._grid.push_messages(messages) if messages else []
+            sent = push(self._grid, messages)
         except ObjectPushError as error:  # they are invited the next time
             _log.warning("not all invitations got to the server: %s", error)
             return

@@ -24,6 +24,7 @@ _POLL_S = 0.3
 _LONGEST_POLL_S = 5.0
 _ASKING_SHARE = 0.2  # of the time, at most: what the server spends on being asked it cannot spend on updates
 _IDLE_S = 3.0
+_SIGNALS_S = 0.2
 _PULL_S = 2.0  # what takes longer is not waited for
 _PULL_STEP_S = 0.05
 _PULLS = 4  # at once, not counting those that take longer
@@ -51,7 +52,7 @@ class _Call(Generic[Result]):
     def __init__(self, work: Callable[[], Result]) -> None:
         self._work = work
         self._began = time.monotonic()
-        self._ended: list[Result | Exception] = []
+        self._ended: list[Result | BaseException] = []
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -68,14 +69,14 @@ class _Call(Generic[Result]):
     def result(self) -> Result:
         """Return what an ended call returned, or raise what it raised."""
         (ended,) = self._ended
-        if isinstance(ended, Exception):
+        if isinstance(ended, BaseException):
             raise ended
         return ended
 
     def _run(self) -> None:
         try:
             self._ended.append(self._work())
-        except Exception as error:  # what Flower raises depends on the bytes that a client made up
+        except BaseException as error:  # what Flower raises depends on the bytes that a client made up
             self._ended.append(error)
 
 
@@ -148,6 +149,24 @@ class Puller:
             self._pulling.pop(each, None)
 
 
+def push(grid: Grid, messages: Sequence[Message]) -> list[str | None]:
+    """Send messages and return their ids, None for each that was not taken.
+
+    Flower tries for ever where its server is gone, and waits for that without a timeout, so that a signal which another
+    thread of the process raises, as Flower itself does to end it, is never seen. Here the wait is cut into pieces.
+
+    Raises:
+        ObjectPushError: Not all of their content got there.
+        ServerGone: Flower's server cannot be reached.
+    """
+    if not messages:
+        return []
+    call = _Call(lambda: list(grid.push_messages(messages)))
+    while not call.ended(_SIGNALS_S):
+        pass
+    return _or_server_gone(call)
+
+
 def collect(
     puller: Puller,
     messages: Sequence[Message],
@@ -163,7 +182,7 @@ def collect(
     """
     waiting = {
         message_id: position
-        for position, message_id in enumerate(puller.grid.push_messages(messages) if messages else [])
+        for position, message_id in enumerate(push(puller.grid, messages))
         if message_id
     }
     deadline = time.monotonic() + deadline_s

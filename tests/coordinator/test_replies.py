@@ -1,5 +1,6 @@
 """Taking replies from Flower's grid over HTTP: one question for all of them, and each of them fetched by itself."""
 
+import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -17,7 +18,7 @@ from flwr.superlink.grid.http_grid import HttpGrid
 
 from pomona.coordinator import replies
 from pomona.coordinator.landed import landed
-from pomona.coordinator.replies import Puller, Reply, collect
+from pomona.coordinator.replies import Puller, Reply, collect, push
 from pomona.errors import PayloadError, ServerGone
 from pomona.messages import pack, unpack
 
@@ -195,3 +196,51 @@ def test_a_server_that_is_gone_is_said_to_be_gone(server: Server) -> None:
 @pytest.mark.parametrize(("asking_s", "pause_s"), [(0.0, 0.01), (0.5, 2.0), (60.0, 5.0)])
 def test_a_server_that_answers_slowly_is_asked_less_often(asking_s: float, pause_s: float) -> None:
     assert replies._pause(asking_s) == pytest.approx(pause_s)
+
+
+# Sending
+
+
+class Silent(HttpGrid):
+    """A grid whose server is gone: Flower tries for ever, in threads that the main thread waits for."""
+
+    def __init__(self) -> None:
+        self.given_up = threading.Event()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        self.given_up.wait()
+        return ["" for _ in messages]
+
+
+def test_a_signal_of_another_thread_ends_a_sending_that_never_ends() -> None:
+    """Flower ends an orphan that way; it went on for ever, and kept the run's lock from the server started after it."""
+
+    class Ended(BaseException):
+        pass
+
+    def end(_number: int, _frame: object) -> None:
+        raise Ended
+
+    grid, before = Silent(), signal.signal(signal.SIGUSR1, end)
+    threading.Timer(0.3, signal.raise_signal, [signal.SIGUSR1]).start()
+    threading.Timer(20.0, grid.given_up.set).start()  # so that a failure ends too
+    try:
+        with pytest.raises(Ended):
+            push(grid, [Message(pack("told", "{}"), dst_node_id=1, message_type="query")])
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+        grid.given_up.set()
+
+
+@pytest.mark.parametrize(
+    ("raised", "seen"), [(httpx.ConnectError("nobody"), ServerGone), (SystemExit(1), SystemExit), (OSError(), OSError)]
+)
+def test_what_ends_a_sending_is_raised_where_it_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch, raised: BaseException, seen: type[BaseException]
+) -> None:
+    def fail(_self: object, _messages: Iterable[Message]) -> Iterable[str]:
+        raise raised
+
+    monkeypatch.setattr(Silent, "push_messages", fail)
+    with pytest.raises(seen):
+        push(Silent(), [Message(pack("told", "{}"), dst_node_id=1, message_type="query")])
