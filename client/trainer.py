@@ -110,7 +110,7 @@ class Trainer:
         answer = Enrolled(
             name=self._profile.name,
             rank=self._rank(invitation, model, data),
-            num_examples=len(data),
+            num_examples=1 if invitation.private else len(data),
             base_sha256=model.manifest.base_sha256,
             pomona_version=__version__,
         )
@@ -119,7 +119,7 @@ class Trainer:
             answer.name,
             invitation.run_id,
             answer.rank,
-            answer.num_examples,
+            len(data),
         )
         return "enrolled", answer.model_dump_json(), b""
 
@@ -150,10 +150,10 @@ class Trainer:
             rank=request.rank,
             alpha=request.training.alpha_of(request.rank),
             rslora=request.training.rslora,
-            num_examples=len(data),
+            num_examples=1 if request.invitation.private else len(data),
             nonce=secrets.token_hex(16),
             weights=trained.weights,
-            train_loss=trained.loss,
+            train_loss=0.0 if request.invitation.private else trained.loss,
         )
         _log.info("%s: round %d, %d steps, training loss %.3f", update.client, number, trained.steps, trained.loss)
         untrained: Factor | None = {"both": None, "a": "b", "b": "a"}[request.trains]

@@ -7,8 +7,8 @@ import numpy as np
 
 from pomona import __version__
 from pomona.base_model import base_model_sha256, check_base_model, find_base_model, is_packaged, public_name
+from pomona.coordinator.spending import check_privacy
 from pomona.datasets import Dataset, check_labels, class_names, load_dataset
-from pomona.errors import ConfigError
 from pomona.protocol import Invitation
 from pomona.settings import RunSettings
 from pomona.storage.registry import Registry
@@ -57,14 +57,12 @@ def begin_run(registry: Registry, settings: RunSettings, *, run_id: str) -> Invi
 
     Raises:
         BaseModelError: The base model is not here, or is not the one that the settings name.
-        ConfigError: It asks for privacy, which runs do not keep yet.
+        ConfigError: What it promises cannot be promised, or it was begun under another plan.
+        PrivacyBudgetExhausted: Its rounds would cost its population more than its budget.
         DataError: The held-out data, or those that a defence trusts, cannot be used.
     """
     if settings.privacy is not None:
-        raise ConfigError(
-            "this version plans privacy (`pomona privacy plan`) but does not run under it yet, and will not run as if "
-            "it did; leave the section [privacy] out to run without"
-        )
+        check_privacy(registry, settings, run_id=run_id)
     path = find_base_model(settings.model.base)
     if settings.model.sha256:
         check_base_model(path, expected_sha256=settings.model.sha256)
@@ -88,4 +86,5 @@ def begin_run(registry: Registry, settings: RunSettings, *, run_id: str) -> Invi
         max_rank=settings.aggregation.max_rank,
         min_rank=settings.aggregation.rank or 1,
         training=settings.training,
+        private=settings.privacy is not None,
     )

@@ -40,10 +40,12 @@ class Roster:
     Attributes:
         members: Enrolment of every client that ever took part.
         nodes: Node of each client; the latest.
+        limit: How many members there may be; None: any number.
     """
 
     members: dict[str, Enrolment] = field(default_factory=dict)
     nodes: dict[str, int] = field(default_factory=dict)
+    limit: int | None = None
     _seen: set[int] = field(default_factory=set)
     _heirs: dict[int, str] = field(default_factory=dict)  # nodes whose name another node holds
 
@@ -70,12 +72,16 @@ class Roster:
         training: TrainingSettings,
         online: Collection[int],
     ) -> Introduction:
-        """Take a node's answer to its invitation, and enrol it or say why not."""
+        """Take a node's answer to its invitation, and enrol it or say why not.
+
+        In a private run what a client says of its data is not passed on: neither their number nor why it refused.
+        """
         self._seen.add(node)
         try:
             if kind == "refusal":
                 told = Refusal.model_validate_json(json)
-                return Introduction(shown(told.name, node), excluded=told.error)
+                why = "it declined, and its own log says why" if invitation.private else told.error
+                return Introduction(shown(told.name, node), excluded=why)
             answer = Enrolled.model_validate_json(json)
         except ValidationError as error:
             problem = error.errors(include_url=False)[0]
@@ -86,13 +92,13 @@ class Roster:
             rank=answer.rank,
             alpha=training.alpha_of(answer.rank),
             rslora=training.rslora,
-            num_examples=answer.num_examples,
+            num_examples=1 if invitation.private else answer.num_examples,
         )
         self._heirs.pop(node, None)
         reason = self._objection(node, answer, enrolment, invitation, online)
         if not reason:
             self.members[answer.name], self.nodes[answer.name] = enrolment, node
-        return Introduction(answer.name, answer.rank, answer.num_examples, reason)
+        return Introduction(answer.name, answer.rank, enrolment.num_examples, reason)
 
     def unreadable(self, node: int, reason: str) -> Introduction:
         """Record that a node answered its invitation with something else; it is not asked again."""
@@ -122,7 +128,12 @@ class Roster:
         if holder is not None and holder != node and holder in online:
             self._heirs[node] = answer.name
             return "another connected client has that name; join with another --name, or wait if it was this one"
-        before = self.members.get(answer.name)
+        return self._objection_to_member(enrolment)
+
+    def _objection_to_member(self, enrolment: Enrolment) -> str:
+        before = self.members.get(enrolment.client)
+        if before is None and self.limit is not None and len(self.members) >= self.limit:
+            return f"the population is full: it has the {self.limit} members that its plan is for"
         if before is not None and before.num_examples != enrolment.num_examples:
             return (
                 f"it enrolled with {before.num_examples} examples and now has {enrolment.num_examples}; "

@@ -1,55 +1,20 @@
-"""One federated run, from the first handshake to the last version: the round loop of the coordinator.
+"""One federated run, from its row in the registry to its end."""
 
-Flower's own ``Strategy.start`` waits for everybody, always starts at round 1, and has no deadline for one client.
-This loop takes replies as they come, closes a round at its deadline, lets clients join between rounds, and publishes
-every round to the registry before the next one begins.
-"""
-
-import contextlib
 import logging
-import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable
 
 import httpx
-import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
-from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
-from pomona.adapters import AdapterWeights
-from pomona.base_model import find_base_model
-from pomona.batches import Encoded
-from pomona.coordinator.beginning import begin_run, load_held_out
-from pomona.coordinator.enrolment import Introduction, Roster, choose_cohort
-from pomona.coordinator.recovery import committed_rounds, known_members, unfinished_round, waiting_submissions
-from pomona.coordinator.replies import Puller, Reply, collect, push, server_gone
-from pomona.coordinator.strategy import Aggregate, LoraStrategy
-from pomona.coordinator.trusted import TrustedTrainer
-from pomona.errors import (
-    AlreadyCoordinated,
-    NotEnoughClients,
-    PayloadError,
-    PomonaError,
-    RegistryUnavailable,
-    RunFailed,
-    ServerGone,
-)
-from pomona.failpoints import reach
-from pomona.lora_model import AdaptedModel, Scores
-from pomona.messages import pack, unpack
-from pomona.protocol import ENROL, TELL, Exclusion, Invitation
+from pomona.coordinator.beginning import begin_run
+from pomona.coordinator.private_loop import PrivateLoop
+from pomona.coordinator.replies import server_gone
+from pomona.coordinator.round_loop import RoundLoop, cuts_off
 from pomona.settings import RunSettings
-from pomona.storage.records import Exactness, NewVersion, Version
+from pomona.storage.records import Version
 from pomona.storage.registry import Registry
-from pomona.strategies import BY_NAME as FACTS
-from pomona.wire import decode_weights, encode_weights
 
 _log = logging.getLogger(__name__)
-
-_JOIN_POLL_S = 0.5
-_ENROL_S = 3.0  # at a time; a round goes on meanwhile
-_SENDINGS = 3  # of a round's work
-_GRACE_S = 15.0  # for those who are about to answer when enough have
 
 
 def run_federation(
@@ -59,6 +24,7 @@ def run_federation(
     *,
     run_id: str,
     make_sure: Callable[[], None] = lambda: None,
+    lasting: bool = True,
 ) -> list[Version]:
     """Run all rounds and return the versions that were published, oldest first.
 
@@ -72,18 +38,23 @@ def run_federation(
         run_id: Its id.
         make_sure: Called at every round, and before it is published; raises AlreadyCoordinated where the run is no
             longer ours.
+        lasting: A round under client-level privacy lasts until its deadline, so that nobody learns from its length who
+            answered. False only where all clients are simulated.
 
     Raises:
         AlreadyCoordinated: Another process took the run over while we had lost its lock.
         ServerGone: Flower's server cannot be reached; the same call goes on with the run later.
         RegistryUnavailable: The database stays away; likewise.
         NotEnoughClients: Too few clients joined in time, or answered.
+        PrivacyBudgetExhausted: A release would cost the population more than its budget.
     """
     invitation = begin_run(registry, settings, run_id=run_id)
     try:
-        versions = _Federation(grid, settings, registry, invitation, make_sure).run()
+        central = settings.privacy is not None and settings.privacy.unit == "client"
+        loop = (PrivateLoop if central else RoundLoop)(grid, settings, registry, invitation, make_sure, lasting=lasting)
+        versions = loop.run()
     except BaseException as error:
-        if _cuts_off(error):
+        if cuts_off(error):
             _log.error("run %s is cut off: %s: %s", run_id, type(error).__name__, error)
             if isinstance(error, httpx.TransportError):
                 raise server_gone(error) from error
@@ -94,341 +65,3 @@ def run_federation(
         raise
     registry.finish_run(run_id, "finished")
     return versions
-
-
-def _cuts_off(error: BaseException) -> bool:
-    """Return whether an error ends only what this process does for a run, so that the run can go on as it is.
-
-    Flower turns the signals that stop a server into SystemExit.
-    """
-    if isinstance(error, RegistryUnavailable):
-        return error.passing
-    return isinstance(error, KeyboardInterrupt | SystemExit | ServerGone | AlreadyCoordinated | httpx.TransportError)
-
-
-class _Federation:
-    def __init__(
-        self,
-        grid: Grid,
-        settings: RunSettings,
-        registry: Registry,
-        invitation: Invitation,
-        make_sure: Callable[[], None],
-    ) -> None:
-        self._grid, self._settings, self._registry, self._invitation = grid, settings, registry, invitation
-        self._make_sure = make_sure
-        self._model = AdaptedModel(
-            find_base_model(settings.model.base),
-            task=settings.task,
-            labels=invitation.labels,
-            target_modules=settings.model.target_modules,
-        )
-        held_out = load_held_out(settings).dataset
-        self._held_out: Encoded = self._model.encode(
-            held_out.texts, held_out.labels, max_length=settings.model.max_length
-        )
-        self._roster = Roster()
-        self._puller = Puller(grid)
-        self._invited: dict[str, int] = {}
-        self._strategy = LoraStrategy(
-            settings=settings,
-            invitation=invitation,
-            manifest=self._model.manifest,
-            registry=registry,
-            roster=self._roster,
-            weights=AdapterWeights(heads=self._model.initial_heads(seed=settings.seed)),
-            trusted=TrustedTrainer(settings, invitation, self._model) if settings.defence.trusted_data else None,
-        )
-
-    def run(self) -> list[Version]:
-        self._strategy.summary()
-        published = self._recover()
-        if not published:
-            self._wait_for_clients()
-            scores = self._score(self._strategy.weights)
-            initial = {"accuracy": scores.accuracy, "loss": scores.loss}
-            self._registry.set_initial_metrics(self._invitation.run_id, initial)
-        return [*published, *(self._round(number) for number in range(len(published) + 1, self._settings.rounds + 1))]
-
-    def _recover(self) -> list[Version]:
-        """Take up what an earlier process of this run has published; return it."""
-        run_id = self._invitation.run_id
-        self._roster.members |= known_members(self._registry, run_id, self._settings.training)
-        rounds = committed_rounds(self._registry, run_id)
-        published = [each.version for each in rounds if each.version]
-        if published:
-            last = published[-1]
-            weights, _ = decode_weights(self._registry.payload(last.ref))
-            kept = str(last.recipe.get("method_state", ""))
-            self._strategy.recover(last.ref, weights, self._registry.blobs.get(kept) if kept else b"")
-            _log.info("run %s goes on after round %d, from %s", run_id, len(published), last.ref)
-            self._wait_for_enough(self._expected(rounds[-1].cohort))
-        return published
-
-    def _expected(self, last_cohort: Sequence[str]) -> Collection[str]:
-        """Return whom a run that was cut off waits for: who was there last, and everybody where cohorts are drawn.
-
-        From fewer clients another cohort would be drawn than from those that were there.
-        """
-        cohort = self._settings.cohort
-        drawn = cohort.size is not None or cohort.fraction is not None
-        return set(self._roster.members) if drawn else last_cohort
-
-    def _cohort(self, number: int) -> list[str]:
-        """Return who is asked in a round: those that were, where it was begun before."""
-        begun = unfinished_round(self._registry, self._invitation.run_id, number)
-        if begun is None:
-            present = self._wait_for_enough()
-            return choose_cohort(present, self._settings.cohort, seed=self._settings.seed, round_number=number)
-        if begun.frozen_at is not None:
-            return list(begun.cohort)
-        here = {each.client for each in waiting_submissions(self._registry, self._invitation.run_id, number)}
-        self._wait_for_enough(set(begun.cohort) - here)
-        return list(begun.cohort)
-
-    def _round(self, number: int) -> Version:
-        """Run a round, and ask again where the server stood still so long that it forgot what was being sent to it.
-
-        Who has answered is not asked again; an answer to what was sent first counts for nothing.
-        """
-        for _ in range(_SENDINGS - 1):
-            with contextlib.suppress(ObjectPushError):
-                return self._try_round(number)
-            _log.warning("round %d: not all of the work got to the server; sending it again", number)
-        return self._try_round(number)
-
-    def _try_round(self, number: int) -> Version:
-        run_id, strategy = self._invitation.run_id, self._strategy
-        self._make_sure()
-        cohort = self._cohort(number)
-        opened = self._registry.open_round(run_id, number, parent=strategy.parent or None, cohort=cohort)
-        reach("round-opened")
-        try:
-            config = ConfigRecord({"cohort": cohort, "frozen": opened.frozen_at is not None})
-            messages = list(strategy.configure_train(number, ArrayRecord(), config, self._grid))
-            self._collect(number, messages)
-            reach("round-closing")
-            self._make_sure()
-            if strategy.enough:
-                self._registry.freeze_round(run_id, number)
-                reach("round-frozen")
-            self._drop_silent(number, cohort)
-            aggregate = strategy.close()
-            reach("round-aggregated")
-            self._make_sure()
-            version = self._publish(number, aggregate)
-            reach("version-published")
-        except BaseException as error:
-            if not _cuts_off(error) and not isinstance(error, ObjectPushError):
-                self._make_sure()
-                with contextlib.suppress(PomonaError):
-                    self._registry.fail_round(run_id, number, f"{type(error).__name__}: {error}")
-            raise
-        strategy.weights, strategy.parent = aggregate.combined.weights, version.ref
-        return version
-
-    def _collect(self, number: int, messages: Sequence[Message]) -> None:
-        deadline_s = self._settings.cohort.round_deadline_s
-        asked = self._strategy.asked
-        for group in collect(self._puller, messages, deadline_s=deadline_s, idle=self._enrol_newcomers):
-            answers = [(asked[position], reply) for position, reply in group]
-            for (client, _), reason in zip(answers, self._strategy.receive_all(answers), strict=True):
-                if reason:
-                    self._tell([client], reason, number=number)
-
-    def _drop_silent(self, number: int, cohort: Sequence[str]) -> None:
-        """Record who has not answered, and tell them; what they send later is read by nobody."""
-        heard = {each.client for each in self._registry.submissions(self._invitation.run_id, number)}
-        silent = sorted(set(cohort) - heard)
-        self._strategy.missed(silent)
-        self._tell(silent, f"it did not come within {self._settings.cohort.round_deadline_s:g} s", number=number)
-
-    def _tell(self, clients: Sequence[str], reason: str, *, number: int | None = None) -> None:
-        """Tell those of some clients that are connected why the coordinator does without them; wait for no answer."""
-        self._tell_nodes([self._roster.nodes[each] for each in clients if each in self._roster.nodes], reason, number)
-
-    def _tell_nodes(self, nodes: Sequence[int], reason: str, number: int | None = None) -> None:
-        printable = reason.encode(errors="replace").decode()[:500]  # a client may have put anything into it
-        told = Exclusion(run_id=self._invitation.run_id, round_number=number, reason=printable)
-        content, ttl = pack("exclusion", told.model_dump_json()), self._settings.cohort.join_timeout_s
-        if nodes:
-            messages = [Message(content, dst_node_id=node, message_type=TELL, ttl=ttl) for node in nodes]
-            with contextlib.suppress(ObjectPushError):  # the log has it, and the client's next round goes on
-                push(self._grid, messages)
-
-    def _publish(self, number: int, aggregate: Aggregate) -> Version:
-        settings, run_id = self._settings, self._invitation.run_id
-        made = aggregate.combined
-        _check_finite(made.weights, number)
-        scores = self._score(made.weights)
-        energy = list(made.retained_energy.values()) or [1.0]
-        payload = encode_weights(
-            made.weights,
-            metadata={
-                "format": "adapter/1",
-                "base_sha256": self._invitation.base_sha256,
-                "run_id": run_id,
-                "round": number,
-            },
-        )
-        return self._registry.publish_round(
-            NewVersion(
-                run_id=run_id,
-                round_number=number,
-                adapter=settings.name,
-                payload=payload,
-                base_sha256=self._invitation.base_sha256,
-                rank=made.weights.rank,
-                exactness=_exactness(settings, min(energy)),
-                retained_energy=min(energy),
-                recipe={
-                    "strategy": settings.aggregation.strategy,
-                    "task": settings.task,
-                    "labels": list(self._invitation.labels),
-                    "max_rank": settings.aggregation.max_rank,
-                    "energy": settings.aggregation.energy,
-                    "max_length": settings.model.max_length,
-                    "seed": settings.seed,
-                    **_options(settings),
-                    **self._kept_state(),
-                },
-                metrics={
-                    "accuracy": scores.accuracy,
-                    "loss": scores.loss,
-                    "train_loss": made.train_loss,
-                    "retained_energy_mean": float(np.mean(energy)),
-                    "retained_energy_min": min(energy),
-                },
-                weights=made.client_weights,
-                reduced=made.reduced,
-                quarantined=made.quarantined,
-                bytes_down=aggregate.bytes_down,
-                bytes_up=aggregate.bytes_up,
-                seconds=aggregate.seconds,
-            )
-        )
-
-    def _kept_state(self) -> dict[str, str]:
-        """Keep what the aggregation remembers between rounds, and say in the recipe where."""
-        state = self._strategy.method_state
-        return {"method_state": self._registry.blobs.put(state)} if state else {}
-
-    def _score(self, weights: AdapterWeights) -> Scores:
-        self._model.attach(weights)
-        return self._model.score(self._held_out)
-
-    def _wait_for_clients(self) -> None:
-        cohort = self._settings.cohort
-        deadline = time.monotonic() + cohort.join_timeout_s
-        grace_ends = None
-        while True:
-            self._enrol_newcomers()
-            now = time.monotonic()
-            if len(present := self._roster.present(self._online())) >= cohort.min_clients:
-                grace_ends = grace_ends or now + _GRACE_S
-                if not self._invited or now > min(grace_ends, deadline):
-                    return
-            elif now > deadline:
-                raise NotEnoughClients(
-                    f"expected {cohort.min_clients} clients within {cohort.join_timeout_s:g} s, got {len(present)}"
-                    f"{_why(self._registry.clients(self._invitation.run_id))}; "
-                    "join more, or lower cohort.min_clients"
-                )
-            time.sleep(_JOIN_POLL_S)
-
-    def _wait_for_enough(self, wanted: Collection[str] | None = None) -> list[str]:
-        """Return who is connected; where that is fewer than a round needs, or not all wanted, wait for them."""
-        cohort = self._settings.cohort
-        deadline = time.monotonic() + cohort.join_timeout_s
-        while True:
-            self._enrol_newcomers()
-            present = self._roster.present(self._online())
-            enough = len(present) >= cohort.min_replies if wanted is None else set(wanted) <= set(present)
-            if enough or time.monotonic() > deadline:
-                return present
-            time.sleep(_JOIN_POLL_S)
-
-    def _enrol_newcomers(self) -> None:
-        """Invite the nodes that are new and take the answers that have come; wait for nobody.
-
-        A node that is slow to answer takes part from the round after its answer.
-        """
-        online = self._online()
-        nodes = sorted(set(self._roster.newcomers(online)) - set(self._invited.values()))
-        json, ttl = self._invitation.model_dump_json(), self._settings.cohort.join_timeout_s
-        messages = [Message(pack("invitation", json), dst_node_id=node, message_type=ENROL, ttl=ttl) for node in nodes]
-        try:
-            sent = push(self._grid, messages)
-        except ObjectPushError as error:  # they are invited the next time
-            _log.warning("not all invitations got to the server: %s", error)
-            return
-        self._invited.update({message_id: node for message_id, node in zip(sent, nodes, strict=True) if message_id})
-        self._puller.landed(self._invited)
-        until = time.monotonic() + _ENROL_S
-        while True:
-            self._take_introductions(online)
-            if not self._puller.busy(self._invited) or time.monotonic() > until:
-                return
-
-    def _take_introductions(self, online: Sequence[int]) -> None:
-        for message_id in self._puller.known(self._invited):
-            if (reply := self._puller.pull(message_id)) is not None:
-                node = self._invited.pop(message_id)
-                self._enrol(node, self._introduction(node, reply, online))
-
-    def _introduction(self, node: int, reply: Reply, online: Sequence[int]) -> Introduction:
-        if isinstance(reply, PayloadError):
-            return self._roster.unreadable(node, str(reply))
-        if reply.has_error():
-            return self._roster.lost(node)
-        try:
-            kind, json, _ = unpack(reply)
-        except PayloadError as error:
-            return self._roster.unreadable(node, str(error))
-        return self._roster.introduce(
-            node, kind, json, invitation=self._invitation, training=self._settings.training, online=online
-        )
-
-    def _enrol(self, node: int, who: Introduction) -> None:
-        if who.excluded:
-            _log.warning("client %s takes no part: %s", who.name, who.excluded)
-            self._tell_nodes([node], who.excluded)
-            if who.name in self._roster.members:
-                return
-        self._registry.enrol_client(
-            self._invitation.run_id,
-            name=who.name,
-            rank=who.rank,
-            num_examples=who.num_examples,
-            excluded=who.excluded,
-        )
-
-    def _online(self) -> list[int]:
-        return list(self._grid.get_node_ids())
-
-
-def _options(settings: RunSettings) -> dict[str, object]:
-    """Return what a run chose besides its strategy."""
-    limits = settings.aggregation.model_dump(mode="json", exclude_defaults=True)
-    names = ("warm_start", "rank_partitioned", "self_pruning", "server_optimizer", "rank_schedule")
-    chosen: dict[str, object] = {name: limits[name] for name in names if name in limits}
-    return chosen | ({"defence": settings.defence.kind} if settings.defence.kind != "none" else {})
-
-
-def _check_finite(weights: AdapterWeights, number: int) -> None:
-    tensors = [tensor for each in weights.layers.values() for tensor in (each.a, each.b)]
-    if not all(bool(tensor.isfinite().all()) for tensor in (*tensors, *weights.heads.values())):
-        raise RunFailed(f"the aggregate of round {number} has NaN or an infinity; lower aggregation.max_update_norm")
-
-
-def _exactness(settings: RunSettings, energy: float) -> Exactness:
-    limits = settings.aggregation
-    plain = limits.server_optimizer.kind == "fedavg" and limits.server_optimizer.step == 1.0
-    if not FACTS[limits.strategy].exact or limits.rank_partitioned or settings.defence.kind != "none" or not plain:
-        return "approximate"
-    return "exact" if energy >= 1.0 else "truncated"
-
-
-def _why(clients: Sequence[object]) -> str:
-    excluded = [client for client in clients if getattr(client, "excluded", "")]
-    return "".join(f"; {getattr(c, 'name')} takes no part: {getattr(c, 'excluded')}" for c in excluded)  # noqa: B009

@@ -17,7 +17,7 @@ from pomona.coordinator.beginning import begin_run
 from pomona.coordinator.following import follow, recorded, watch_coordinator
 from pomona.coordinator.recovery import PROBE_S, only_coordinator, settings_of
 from pomona.coordinator.server import Server
-from pomona.errors import AlreadyCoordinated, PomonaError, ProcessDied, RunFailed, ServerGone
+from pomona.errors import AlreadyCoordinated, ConfigError, PomonaError, ProcessDied, RunFailed, ServerGone
 from pomona.processes import child_environment, listens
 from pomona.settings import RunSettings
 from pomona.storage.records import Run
@@ -65,8 +65,14 @@ def submit(server: Server, settings: RunSettings, *, run_id: str, folder: Path) 
         folder: A private folder for what Flower needs.
 
     Raises:
+        ConfigError: The run hides its clients, and the server would write what they send on its disk.
         ProcessDied: The server did not take the run.
     """
+    if settings.privacy is not None and settings.privacy.unit == "client" and server.superlink_state != "memory":
+        raise ConfigError(
+            "under privacy.unit='client' nothing that a client sends may be written down before it is noised, and "
+            "this server keeps its messages on disk; start it by `pomona server --superlink-state memory`"
+        )
     app = folder / "pomona-run"
     app.mkdir(parents=True)
     text = _APP.format(

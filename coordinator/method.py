@@ -122,16 +122,21 @@ class Combined:
 
 
 class Method:
-    """The aggregation of a run; remembers what its server optimiser does."""
+    """The aggregation of a run; remembers what its server optimiser does.
+
+    Attributes:
+        rules: What holds for all its rounds.
+        largest_rank: That a client may train.
+    """
 
     def __init__(self, settings: RunSettings, manifest: AdapterManifest) -> None:
         limits = settings.aggregation
         check_pattern(settings.training.rank_pattern, manifest.layers)
-        self._largest_rank = _largest_rank(settings, manifest)
+        self.largest_rank = _largest_rank(settings, manifest)
         self._settings = settings
         self._strategy = BY_NAME[limits.strategy]
         self._optimizer_state = OptimizerState()
-        self._rules = Rules(
+        self.rules = Rules(
             shapes=manifest.layers,
             seed=settings.seed,
             max_rank=limits.max_rank,
@@ -184,11 +189,11 @@ class Method:
 
     def work(self, weights: AdapterWeights, *, rank: int, round_number: int) -> Work:
         """Return what clients that enrolled with a rank start a round from."""
-        rank = min([rank, self._largest_rank, *self._cap(round_number)])
-        assignment = self._strategy.assign(weights.layers, rank=rank, round_number=round_number, rules=self._rules)
+        rank = min([rank, self.largest_rank, *self._cap(round_number)])
+        assignment = self._strategy.assign(weights.layers, rank=rank, round_number=round_number, rules=self.rules)
         fresh = assignment.trainable == 0 and assignment.trains == "both"
-        start = {} if fresh else starting_factors(assignment, self._rules)
-        return Work(assignment, start, self._rules.scale(assignment.rank))
+        start = {} if fresh else starting_factors(assignment, self.rules)
+        return Work(assignment, start, self.rules.scale(assignment.rank))
 
     def combine(
         self,
@@ -217,7 +222,7 @@ class Method:
         if adding and self._settings.defence.kind == "none":
             heads = HeadMean()
             made = adding.aggregate(
-                weights.layers, _one_by_one(accepted, shares, heads), round_number=round_number, rules=self._rules
+                weights.layers, _one_by_one(accepted, shares, heads), round_number=round_number, rules=self.rules
             )
             return self._told(accepted, shares, trusted(shares), weights, made, heads.result(), round_number)
         trained = [self._without_tail(each.load()) for each in accepted]
@@ -226,7 +231,7 @@ class Method:
         if not counted:
             return self._unchanged(accepted, shares, defended, weights, round_number)
         contributions = [Contribution(layers=each.layers, weight=weight) for each, weight in counted]
-        made = self._strategy.aggregate(weights.layers, contributions, round_number=round_number, rules=self._rules)
+        made = self._strategy.aggregate(weights.layers, contributions, round_number=round_number, rules=self.rules)
         told = self._told(accepted, shares, defended, weights, made, self._heads(weights, counted), round_number)
         if self._settings.aggregation.strategy != "hetlora":
             return told
@@ -261,7 +266,7 @@ class Method:
         round_number: int,
     ) -> Combined:
         layers, energy = made
-        after, energy = self._optimized(before, AdapterWeights(layers=layers, heads=heads), energy)
+        after, energy = self.optimized(before, AdapterWeights(layers=layers, heads=heads), energy)
         names = [each.client for each in accepted]
         client_weights = {name: weight for name, weight in zip(names, defended.weights, strict=True) if weight > 0.0}
         reasons = {name: reason for name, reason in zip(names, defended.reasons, strict=True) if reason}
@@ -277,10 +282,10 @@ class Method:
         )
 
     def _without_tail(self, trained: Trained) -> Trained:
-        if self._rules.self_pruning is None:
+        if self.rules.self_pruning is None:
             return trained
         weights, rank = trained.update.weights, trained.work.assignment.rank
-        kept, layers = pruned(trained.work.start, weights.layers, rank=rank, rules=self._rules)
+        kept, layers = pruned(trained.work.start, weights.layers, rank=rank, rules=self.rules)
         if kept < rank:
             _log.info("%s gives up the rank that it did not use: %d, was %d", trained.update.client, kept, rank)
             self._pruned_ranks[trained.update.client] = kept
@@ -313,9 +318,10 @@ class Method:
             return average_heads(heads, weights=shares)
         return add_head_changes(weights.heads, heads, weights=shares)
 
-    def _optimized(
+    def optimized(
         self, before: AdapterWeights, after: AdapterWeights, energy: dict[str, float]
     ) -> tuple[AdapterWeights, dict[str, float]]:
+        """Return what the server optimiser makes of a round's step, and the share of energy that is kept, per layer."""
         limits = self._settings.aggregation
         if limits.server_optimizer.kind == "fedavg" and limits.server_optimizer.step == 1.0:
             return after, energy

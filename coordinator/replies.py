@@ -161,7 +161,7 @@ def push(grid: Grid, messages: Sequence[Message]) -> list[str | None]:
     """
     if not messages:
         return []
-    call = _Call(lambda: list(grid.push_messages(messages)))
+    call = _Call[list[str | None]](lambda: list(grid.push_messages(messages)))
     while not call.ended(_SIGNALS_S):
         pass
     return _or_server_gone(call)
@@ -180,11 +180,7 @@ def collect(
     all have been answered or the deadline has passed; ``idle`` is called now and then meanwhile. A reply that Flower
     makes itself for a lost node does not name that node, so replies are matched by message.
     """
-    waiting = {
-        message_id: position
-        for position, message_id in enumerate(push(puller.grid, messages))
-        if message_id
-    }
+    waiting = {message_id: position for position, message_id in enumerate(push(puller.grid, messages)) if message_id}
     deadline = time.monotonic() + deadline_s
     try:
         yield from _until(deadline, puller, waiting, idle)

@@ -42,12 +42,14 @@ class Server:
         fleet: ``HOST:PORT`` that clients join.
         control: ``HOST:PORT`` on loopback that runs are started at.
         ca_certificate: Path of the certificate authority; ``""`` without TLS.
+        superlink_state: Where its SuperLink keeps messages.
     """
 
     pid: int
     fleet: str
     control: str
     ca_certificate: str = ""
+    superlink_state: SuperlinkState = "disk"
 
 
 def tls_or_insecure(
@@ -111,6 +113,7 @@ def run_server(
             fleet=f"{host}:{port or rest[0]}",
             control=f"127.0.0.1:{control_port}",
             ca_certificate=str(tls.ca_certificate) if tls else "",
+            superlink_state=superlink_state,
         )
         env = child_environment(
             {

@@ -153,7 +153,7 @@ def _simulate(
     def main(grid: Grid, context: Context) -> None:
         del context
         torch.set_num_threads(1)
-        run_federation(grid, settings, registry, run_id=run_id, make_sure=make_sure)
+        run_federation(grid, settings, registry, run_id=run_id, make_sure=make_sure, lasting=False)
 
     os.environ.update(child_environment())
     for name in ("flwr", "ray"):

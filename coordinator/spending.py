@@ -2,15 +2,39 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 
-from pomona.errors import PrivacyBudgetExhausted, RegistryDamaged, VersionConflict
+from pomona.errors import ConfigError, PrivacyBudgetExhausted, RegistryDamaged, VersionConflict
 from pomona.privacy.accounting import Event, epsilon
-from pomona.privacy.plan import PrivacyPlan
-from pomona.storage import ledger
+from pomona.privacy.plan import PrivacyPlan, plan_of
+from pomona.settings import RunSettings
+from pomona.storage import ledger, ledger_witness
 from pomona.storage.records import LedgerEntry, Reservation
 from pomona.storage.registry import Registry
 
 _ATTEMPTS = 50  # runs on one population that write at once take turns
+
+
+def check_privacy(registry: Registry, settings: RunSettings, *, run_id: str) -> PrivacyPlan:
+    """Return the plan of a run that is about to begin, or to go on.
+
+    Raises:
+        ConfigError: It cannot be promised, or the run was begun under another plan.
+        PrivacyBudgetExhausted: Its rounds, or where it goes on its next one, cost more than the budget.
+        RegistryDamaged: The ledger is not whole.
+    """
+    plan = plan_of(settings)
+    mine = [row for row in registry.ledger(plan.population) if row.run_id == run_id]
+    if others := {(row.plan_sha256, row.library) for row in mine} - {(plan.sha256, plan.library)}:
+        (sha256, library) = min(others)
+        raise ConfigError(
+            f"run {run_id} was begun under the plan {sha256[:12]} (accounts by {library}), and would go on under "
+            f"{plan.sha256[:12]} ({plan.library}); install what it was begun with, or start a new run"
+        )
+    if len({row.round for row in mine if row.state == "released"}) < settings.rounds:
+        check_run_fits(registry, plan, rounds=1 if mine else settings.rounds)
+    return plan
 
 
 def check_run_fits(registry: Registry, plan: PrivacyPlan, *, rounds: int) -> float:
@@ -20,7 +44,7 @@ def check_run_fits(registry: Registry, plan: PrivacyPlan, *, rounds: int) -> flo
         PrivacyBudgetExhausted: More than its budget; nothing was spent.
         RegistryDamaged: The ledger is not whole.
     """
-    rows = _rows(registry, plan)
+    rows = whole_ledger(registry, plan.population)
     return _cost(rows, plan, rounds)
 
 
@@ -35,7 +59,7 @@ def reserve(registry: Registry, plan: PrivacyPlan, *, run_id: str, round_number:
         RegistryDamaged: The ledger is not whole.
     """
     for _ in range(_ATTEMPTS):
-        rows = _rows(registry, plan)
+        rows = whole_ledger(registry, plan.population)
         new = Reservation(
             population=plan.population,
             run_id=run_id,
@@ -48,31 +72,47 @@ def reserve(registry: Registry, plan: PrivacyPlan, *, run_id: str, round_number:
             budget=plan.budget,
             noise_multiplier=plan.event().noise_multiplier,
             sample_rate=plan.event().sample_rate,
+            releases=plan.event().count,
             library=plan.library,
         )
-        try:
-            return registry.reserve_release(new, expected_head=rows[-1].sha256 if rows else ledger.START)
-        except VersionConflict:
-            continue
+        with suppress(VersionConflict):
+            reserved = registry.reserve_release(new, expected_head=rows[-1].sha256 if rows else ledger.START)
+            ledger_witness.keep(witness_folder(registry), reserved)
+            return reserved
     raise VersionConflict(f"other runs on {plan.population} were first, {_ATTEMPTS} times; try again")
 
 
 def spent(rows: Sequence[LedgerEntry]) -> list[Event]:
     """Return what was reserved, whether or not anything was released, as the account sees it."""
-    counts = Counter((row.noise_multiplier, row.sample_rate) for row in rows if row.state == "reserved")
+    counts = Counter[tuple[float, float]]()
+    for row in rows:
+        if row.state == "reserved":
+            counts[row.noise_multiplier, row.sample_rate] += row.releases
     return [
         Event(noise_multiplier=noise, sample_rate=rate, count=count) for (noise, rate), count in sorted(counts.items())
     ]
 
 
-def _rows(registry: Registry, plan: PrivacyPlan) -> list[LedgerEntry]:
-    rows = registry.ledger(plan.population)
+def whole_ledger(registry: Registry, population: str) -> list[LedgerEntry]:
+    """Return a population's ledger.
+
+    Raises:
+        RegistryDamaged: It is not whole, or shorter than this machine has seen it, so what was spent is not known.
+    """
+    rows = registry.ledger(population)
     for row, found in ledger.broken(rows):
         raise RegistryDamaged(
-            f"the privacy ledger of {plan.population} is not whole, so what was spent is not known: row {row.seq} "
+            f"the privacy ledger of {population} is not whole, so what was spent is not known: row {row.seq} "
             f"{found}; run `pomona registry verify`, and restore the ledger before anything is released"
         )
+    if reason := ledger_witness.objection(witness_folder(registry), population, rows):
+        raise RegistryDamaged(reason)
     return rows
+
+
+def witness_folder(registry: Registry) -> Path:
+    """Return where this machine keeps what it has seen of ledgers: beside the registry's blobs."""
+    return registry.blobs.root.parent / ledger_witness.FOLDER
 
 
 def _cost(rows: Sequence[LedgerEntry], plan: PrivacyPlan, rounds: int) -> float:

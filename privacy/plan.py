@@ -7,7 +7,7 @@ contradict each other. What cannot be promised is refused when the plan is made,
 import hashlib
 import json
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -18,7 +18,7 @@ from pomona.privacy.refusals import check
 from pomona.privacy_settings import PrivacySettings
 from pomona.settings import RunSettings
 
-Mechanism = Literal["dp-lora", "dp-dylora", "ffa", "ffa-nested"]
+Mechanism = Literal["dp-lora", "dp-dylora", "ffa", "ffa-nested", "dp-sgd"]
 
 _MECHANISMS: dict[str, Mechanism] = {"fedit": "dp-lora", "ffa": "ffa", "ffa-nested": "ffa-nested"}
 _COUNT_NOISE_SHARE = 1 / 20
@@ -29,21 +29,23 @@ class PrivacyPlan(BaseModel):
 
     Attributes:
         unit: Whose presence is hidden.
-        mechanism: What is summed.
+        mechanism: What is summed; ``dp-sgd``: the gradients of a step of a client's training.
         adjacency: Neighbouring data differ by one unit that is there or not.
         sampler: Every enrolled unit is asked with probability ``sample_rate``, independently; absent ones count as
             zero.
         sample_rate: ``q``.
         amplified: Whether the account may count on the sampling, because the cohort is secret.
         population: Name of the population.
-        population_size: ``N``.
+        population_size: ``N``; None where units are examples, of which the coordinator knows no number.
         clip: Bound ``C`` on the joint norm; the first one, where it adapts.
         noise_multiplier: ``z``: what all releases of a round cost together.
         update_noise_multiplier: ``sigma``: of the noise on the sum, in units of ``clip``.
         count_noise: Of the count for an adaptive bound, 0 without one.
-        divisor: ``q N``, public and fixed.
+        divisor: ``q N``, public and fixed; of a step of training the batch size.
         ranks: ``[least, most]`` of the rank of a round.
         rounds: ``T``.
+        releases_per_round: One sum over clients, or as many as a client takes steps.
+        spare_rounds: Releases beyond them that fit into the budget, for rounds that a crash cuts off.
         accountant: Which account.
         library: That keeps it.
         delta: Of the promise.
@@ -52,14 +54,14 @@ class PrivacyPlan(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    unit: Literal["client"]
+    unit: Literal["client", "example"]
     mechanism: Mechanism
     adjacency: Literal["add-or-remove-one"] = "add-or-remove-one"
     sampler: Literal["poisson"] = "poisson"
     sample_rate: float
     amplified: bool
     population: str
-    population_size: int
+    population_size: int | None
     clip: float
     noise_multiplier: float
     update_noise_multiplier: float
@@ -67,6 +69,8 @@ class PrivacyPlan(BaseModel):
     divisor: float
     ranks: tuple[int, int] | None
     rounds: int
+    releases_per_round: int = 1
+    spare_rounds: int = 0
     accountant: Accountant
     library: str
     delta: float
@@ -78,10 +82,10 @@ class PrivacyPlan(BaseModel):
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def event(self, count: int = 1) -> Event:
+    def event(self, rounds: int = 1) -> Event:
         """Return so many rounds as the account sees them."""
         rate = self.sample_rate if self.amplified else 1.0
-        return Event(noise_multiplier=self.noise_multiplier, sample_rate=rate, count=count)
+        return Event(noise_multiplier=self.noise_multiplier, sample_rate=rate, count=rounds * self.releases_per_round)
 
     def epsilon_after(self, rounds: int) -> float:
         """Return what so many rounds of this plan cost, nothing else counted."""
@@ -90,7 +94,7 @@ class PrivacyPlan(BaseModel):
     @property
     def epsilon_without_sampling(self) -> float:
         """What the plan costs where somebody knows who was asked in every round."""
-        return gaussian_epsilon(math.sqrt(self.rounds) / self.noise_multiplier, self.delta)
+        return gaussian_epsilon(math.sqrt(self.event(self.rounds).count) / self.noise_multiplier, self.delta)
 
     def noise_to_signal(self, dimensions: int) -> float:
         """Return ``sigma sqrt(d) / (q N)``: the norm of the noise on the mean over the largest norm of an update.
@@ -110,35 +114,68 @@ def plan_of(settings: RunSettings) -> PrivacyPlan:
     if wanted is None:
         raise ConfigError("expected a section [privacy] in the run file; without one nothing is promised")
     check(settings)
-    if wanted.unit != "client" or wanted.population_size is None:
-        raise ConfigError(f"expected privacy.unit='client' here, got {wanted.unit!r}")
-    rate = wanted.sample_rate if wanted.cohort_secret else 1.0
-    noise = wanted.noise_multiplier or noise_for(
-        wanted.epsilon, delta=wanted.delta, sample_rate=rate, count=settings.rounds, accountant=wanted.accountant
-    )
+    plan = _of_examples(settings, wanted) if wanted.unit == "example" else _of_clients(settings, wanted)
+    _check_budget(plan)
+    return plan
+
+
+def _of_clients(settings: RunSettings, wanted: PrivacySettings) -> PrivacyPlan:
+    assert wanted.population_size is not None  # settings see to it
+    amplified = wanted.cohort_secret and wanted.sample_rate < 1.0
+    noise = _noise(wanted, rate=wanted.sample_rate if amplified else 1.0, count=settings.rounds + wanted.spare_rounds)
     expected = wanted.sample_rate * wanted.population_size
     count_noise = _count_noise(wanted, expected)
-    plan = PrivacyPlan(
+    return PrivacyPlan(
+        **_common(settings, wanted),
         unit="client",
         mechanism="dp-dylora" if wanted.ranks else _MECHANISMS[settings.aggregation.strategy],
-        sample_rate=wanted.sample_rate,
-        amplified=wanted.cohort_secret and wanted.sample_rate < 1.0,
-        population=wanted.population,
+        amplified=amplified,
         population_size=wanted.population_size,
-        clip=wanted.clip,
         noise_multiplier=noise,
         update_noise_multiplier=noise_beside_counting(noise, count_noise=count_noise) if count_noise else noise,
         count_noise=count_noise,
         divisor=expected,
         ranks=wanted.ranks,
-        rounds=settings.rounds,
-        accountant=wanted.accountant,
-        library=library(),
-        delta=wanted.delta,
-        budget=wanted.epsilon,
     )
-    _check_budget(plan)
-    return plan
+
+
+def _of_examples(settings: RunSettings, wanted: PrivacySettings) -> PrivacyPlan:
+    """Plan for records: who is in a batch never leaves the client, so sampling always hides it."""
+    steps = settings.training.max_steps
+    noise = _noise(wanted, rate=wanted.sample_rate, count=steps * (settings.rounds + wanted.spare_rounds))
+    return PrivacyPlan(
+        **_common(settings, wanted),
+        unit="example",
+        mechanism="dp-sgd",
+        amplified=wanted.sample_rate < 1.0,
+        population_size=None,
+        noise_multiplier=noise,
+        update_noise_multiplier=noise,
+        count_noise=0.0,
+        divisor=float(settings.training.batch_size),
+        ranks=None,
+        releases_per_round=steps,
+    )
+
+
+def _common(settings: RunSettings, wanted: PrivacySettings) -> dict[str, Any]:
+    return {
+        "sample_rate": wanted.sample_rate,
+        "population": wanted.population,
+        "clip": wanted.clip,
+        "rounds": settings.rounds,
+        "spare_rounds": wanted.spare_rounds,
+        "accountant": wanted.accountant,
+        "library": library(),
+        "delta": wanted.delta,
+        "budget": wanted.epsilon,
+    }
+
+
+def _noise(wanted: PrivacySettings, *, rate: float, count: int) -> float:
+    return wanted.noise_multiplier or noise_for(
+        wanted.epsilon, delta=wanted.delta, sample_rate=rate, count=count, accountant=wanted.accountant
+    )
 
 
 def _count_noise(wanted: PrivacySettings, expected: float) -> float:
@@ -148,8 +185,9 @@ def _count_noise(wanted: PrivacySettings, expected: float) -> float:
 
 
 def _check_budget(plan: PrivacyPlan) -> None:
-    if (cost := plan.epsilon_after(plan.rounds)) > plan.budget * (1 + 1e-9):
+    releases = plan.rounds + plan.spare_rounds
+    if (cost := plan.epsilon_after(releases)) > plan.budget * (1 + 1e-9):
         raise ConfigError(
-            f"{plan.rounds} rounds with noise multiplier {plan.noise_multiplier:g} cost epsilon {cost:.3g}, more than "
+            f"{releases} rounds with noise multiplier {plan.noise_multiplier:g} cost epsilon {cost:.3g}, more than "
             f"privacy.epsilon={plan.budget:g}; raise the noise, lower the rounds, or leave out noise_multiplier"
         )

@@ -82,8 +82,40 @@ def _replies(settings: RunSettings) -> str:
     )
 
 
+def _pattern(settings: RunSettings) -> str:
+    if settings.privacy is None or settings.privacy.ranks is None or not settings.training.rank_pattern:
+        return ""
+    return "privacy.ranks draws one rank for all layers, and training.rank_pattern gives each its own; leave one out"
+
+
+def _steps(settings: RunSettings) -> str:
+    if settings.privacy is None or settings.privacy.unit != "example" or settings.training.max_steps > 0:
+        return ""
+    return (
+        "under unit='example' each step of a client's training is a release, and how many there are must be public: "
+        "give training.max_steps (a number of epochs would tell how many examples a client has)"
+    )
+
+
+def _tail(settings: RunSettings) -> str:
+    if settings.privacy is None or settings.aggregation.self_pruning is None:
+        return ""
+    return "aggregation.self_pruning tells by a client's rank what its data need; leave it out"
+
+
+def _local(settings: RunSettings) -> str:
+    if settings.privacy is None or settings.privacy.unit != "local":
+        return ""
+    return (
+        "unit='local' is not offered yet: noise that every client adds by itself grows with the square root of their "
+        "number where the coordinator's does not; choose unit='client', or 'example' where clients trust nobody"
+    )
+
+
 def _is_central(settings: RunSettings) -> bool:
     return settings.privacy is not None and settings.privacy.unit == "client"
 
 
-RULES: tuple[Rule, ...] = (_stacking, _robust, _rank_of_clients, _cohort, _replies)
+RULES: tuple[Rule, ...] = (
+    _local, _stacking, _robust, _rank_of_clients, _pattern, _cohort, _replies, _steps, _tail,
+)  # fmt: skip

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pomona import __version__
 from pomona.errors import BackupDamaged, BlobWriteError, ConfigError
+from pomona.storage import ledger_witness
 from pomona.storage.archive import (
     BLOBS,
     DATABASE,
@@ -121,7 +122,9 @@ def restore_backup(source: Path, home: Path, *, progress: Progress = lambda _don
     try:
         staging.mkdir(parents=True)
         manifest = _unpack(source, staging, progress)
-        open_restored(staging).close()
+        with open_restored(staging) as restored:
+            populations = {row.population for row in restored.ledger()}
+        ledger_witness.mark_restored(staging / ledger_witness.FOLDER, populations)
         staging.rename(home)
         _sync(home.parent)
     except (tarfile.TarError, EOFError) as error:

@@ -4,7 +4,7 @@ The constraints of the tables refuse most of this. They cannot refuse what was w
 program, on a disk that lies, or by a bug.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -202,3 +202,16 @@ def _audit(connection: sa.Connection) -> Iterator[Finding]:
 def _ledger(connection: sa.Connection) -> Iterator[Finding]:
     for row, found in ledger.all_broken(connection):
         yield Finding(about=f"privacy ledger {row.population}/{row.seq}", found=found, remedy=_RESTORE)
+    rows = {(row.population, row.seq): row.sha256 for row in ledger.entries(connection)}
+    version = t.version.c
+    released = sa.select(version.adapter_name, version.version, version.recipe).where(
+        sa.cast(version.recipe, sa.Text).like('%"ledger_sha256"%')
+    )
+    for name, number, recipe in connection.execute(released):
+        told = recipe.get("privacy") if isinstance(recipe, Mapping) else None
+        if not isinstance(told, Mapping):
+            continue
+        place = (told.get("population"), told.get("ledger_seq"))
+        if rows.get(place) != told.get("ledger_sha256"):  # type: ignore[arg-type]
+            found = f"was released under row {place[1]} of the privacy ledger of {place[0]}, which has no such row"
+            yield Finding(about=f"version {name}/{number}", found=found, remedy=_RESTORE)

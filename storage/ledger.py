@@ -25,7 +25,7 @@ START = "0" * 64
 _NUMBERS = ("epsilon", "delta", "budget", "noise_multiplier", "sample_rate")
 _FIELDS = (
     "population", "seq", "at", "state", "run_id", "round", "attempt", "plan_sha256", "epsilon", "delta", "budget",
-    "noise_multiplier", "sample_rate", "library", "release_sha256", "previous",
+    "noise_multiplier", "sample_rate", "releases", "library", "release_sha256", "previous",
 )  # fmt: skip
 
 
@@ -74,6 +74,7 @@ def reserve(connection: sa.Connection, new: Reservation, *, expected_head: str) 
             "round": new.round_number,
             "attempt": new.attempt,
             "plan_sha256": new.plan_sha256,
+            "releases": new.releases,
             "library": new.library,
             "release_sha256": None,
             **facts,
@@ -99,7 +100,7 @@ def settle(connection: sa.Connection, reserved: LedgerEntry, *, release_sha256: 
         if (each.state, each.release_sha256) == (state, release_sha256):
             return each
         raise RegistryError(f"{_name(reserved)} is {each.state} already, and cannot be {state}")
-    same = ("population", "run_id", "round", "attempt", "plan_sha256", "library")
+    same = ("population", "run_id", "round", "attempt", "plan_sha256", "releases", "library")
     facts = {name: getattr(reserved, name) for name in (*same, *_NUMBERS)}
     last = _last(connection, reserved.population)
     return _append(connection, last, {**facts, "state": state, "release_sha256": release_sha256})

@@ -377,6 +377,7 @@ class Reservation:
         budget: What they may cost.
         noise_multiplier: As the account sees it.
         sample_rate: As the account sees it.
+        releases: How many of them; more than one where each step of a client's training is.
         library: That keeps the account, with its version.
     """
 
@@ -391,6 +392,7 @@ class Reservation:
     noise_multiplier: float
     sample_rate: float
     library: str
+    releases: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -418,6 +420,7 @@ class LedgerEntry:
     budget: float
     noise_multiplier: float
     sample_rate: float
+    releases: int
     library: str
     release_sha256: str | None
     previous: str

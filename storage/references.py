@@ -32,8 +32,8 @@ class Reference:
 
 
 def references(connection: sa.Connection) -> list[Reference]:
-    """Return every fact that needs a blob: of versions, what their method kept, and submissions."""
-    return [*_of_versions(connection), *_of_submissions(connection)]
+    """Return every fact that needs a blob: of versions, what their method kept, submissions, and private releases."""
+    return [*_of_versions(connection), *_of_submissions(connection), *_of_releases(connection)]
 
 
 def named_blobs(connection: sa.Connection) -> set[str]:
@@ -68,6 +68,16 @@ def _of_submissions(connection: sa.Connection) -> Iterator[Reference]:
             holder=f"the update of {client!r} in round {number} of run {run_id}",
             remedy="put the file back from a backup; until then its round cannot be aggregated again",
         )
+
+
+def _of_releases(connection: sa.Connection) -> Iterator[Reference]:
+    """Yield what was released and not published yet; the next process of its run publishes it."""
+    row = t.ledger.c
+    published = sa.select(t.version.c.id).where(t.version.c.blob_sha256 == row.release_sha256).exists()
+    query = sa.select(row.release_sha256, row.round, row.run_id).where(row.release_sha256.is_not(None), ~published)
+    for sha256, number, run_id in connection.execute(query):
+        lost = "put the file back from a backup, or the round is tried again, and paid again"
+        yield Reference(sha256=sha256, bytes=None, holder=f"the release of round {number} of run {run_id}", remedy=lost)
 
 
 def _hashes(value: object) -> Iterator[str]:

@@ -262,6 +262,7 @@ ledger = sa.Table(
     sa.Column("budget", sa.Double, nullable=False),
     sa.Column("noise_multiplier", sa.Double, nullable=False),
     sa.Column("sample_rate", sa.Double, nullable=False),
+    sa.Column("releases", sa.Integer, nullable=False),
     _text("library"),
     sa.Column("release_sha256", sa.String(64), nullable=True),
     _sha256("previous"),

@@ -25,6 +25,10 @@ Place = Literal[
     "version-blob-written",
     "version-inserted",
     "version-published",
+    "release-reserved",
+    "release-summed",
+    "release-written",
+    "release-settled",
 ]
 
 _reached: dict[str, int] = {}

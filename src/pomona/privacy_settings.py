@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from pomona.aggregation_settings import Fraction, Section, changed
 
@@ -43,6 +43,8 @@ class PrivacySettings(Section):
         ranks: ``[least, most]``: each round trains one rank drawn between them, for ``fedit`` under ``client``.
         accountant: ``prv`` for runs whose every release is fixed beforehand, ``rdp`` for those that adapt.
         adaptive_clip: Let the bound follow the norms, for ``client``.
+        spare_rounds: So many releases more than rounds fit into ``epsilon``: a round that a crash cuts off is paid, and
+            tried again.
         cohort_secret: Nobody but the coordinator learns who was asked; without that sampling hides nobody, and none is
             claimed.
     """
@@ -58,6 +60,7 @@ class PrivacySettings(Section):
     ranks: tuple[Rank, Rank] | None = None
     accountant: Literal["prv", "rdp"] = "prv"
     adaptive_clip: AdaptiveClipSettings | None = None
+    spare_rounds: NonNegativeInt = 0
     cohort_secret: bool = True
 
     @model_validator(mode="after")

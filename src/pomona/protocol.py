@@ -43,6 +43,7 @@ class Invitation(_Record):
         max_rank: The largest rank that is accepted.
         min_rank: The smallest: what all clients train, where a strategy needs equal ranks.
         training: What a round takes, for clients that choose their rank by it.
+        private: A client states neither how many examples it has (it says 1) nor how its training went (a loss of 0).
     """
 
     run_id: RunId
@@ -56,6 +57,7 @@ class Invitation(_Record):
     max_rank: Rank
     min_rank: Rank = 1
     training: TrainingSettings = TrainingSettings()
+    private: bool = False
 
 
 class TrainRequest(_Record):

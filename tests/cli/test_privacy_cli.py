@@ -1,4 +1,4 @@
-"""``pomona privacy plan``, and that a run does not pretend to keep what it cannot."""
+"""``pomona privacy plan``."""
 
 import json
 from pathlib import Path
@@ -7,10 +7,6 @@ import pytest
 from typer.testing import CliRunner
 
 from pomona.cli import app
-from pomona.coordinator.beginning import begin_run
-from pomona.errors import ConfigError
-from pomona.run_file import load_settings
-from pomona.storage.opening import open_registry
 
 RUN = """
 name = "private"
@@ -64,10 +60,3 @@ def test_what_cannot_be_promised_has_the_exit_code_of_settings(file: Path) -> No
     told = CliRunner().invoke(app, ["privacy", "plan", str(file)])
     assert told.exit_code == 3
     assert "ffa-nested" in told.stderr
-
-
-def test_a_run_does_not_begin_under_a_promise_that_it_would_not_keep(file: Path, tmp_path: Path) -> None:
-    with open_registry(tmp_path / "registry") as registry:
-        with pytest.raises(ConfigError, match="does not run under it yet"):
-            begin_run(registry, load_settings(file), run_id="run-1")
-        assert registry.runs() == []

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pomona.coordinator import federation, replies
+from pomona.coordinator import replies, round_loop
 
 
 @pytest.fixture
@@ -11,4 +11,4 @@ def quick_polls(flower_task: None, monkeypatch: pytest.MonkeyPatch) -> None:
     del flower_task
     monkeypatch.delenv("POMONA_REGISTRY_URL", raising=False)
     monkeypatch.setattr(replies, "_POLL_S", 0.01)
-    monkeypatch.setattr(federation, "_JOIN_POLL_S", 0.01)
+    monkeypatch.setattr(round_loop, "_JOIN_POLL_S", 0.01)

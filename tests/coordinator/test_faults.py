@@ -17,7 +17,7 @@ from tests.invariants import Outside, Replay, broken_promises
 from tests.postgresql import own_server
 
 from pomona.client.trainer import Profile
-from pomona.coordinator import federation
+from pomona.coordinator import round_loop
 from pomona.coordinator.federation import run_federation
 from pomona.coordinator.recovery import only_coordinator
 from pomona.errors import AlreadyCoordinated, BlobWriteError, NotEnoughClients, ServerGone
@@ -108,7 +108,7 @@ def test_a_round_that_was_frozen_goes_on_with_what_it_had(
             raise ServerGone("as if it had died")
 
     with monkeypatch.context() as dying:
-        dying.setattr(federation, "reach", die)
+        dying.setattr(round_loop, "reach", die)
         dying.setattr("pomona.storage.registry.reach", die)
         with pytest.raises(ServerGone):
             run_federation(InProcessGrid(two(make_profile, silent_in_round(1))), settings, registry, run_id=RUN)
@@ -256,7 +256,7 @@ def test_one_that_goes_on_waits_for_who_was_there_last(
     nodes = two(make_profile, lambda _request, answer: answer)
     nodes[1].leaves_after = 1
     with monkeypatch.context() as dying:
-        dying.setattr(federation, "reach", die)
+        dying.setattr(round_loop, "reach", die)
         with pytest.raises(ServerGone):
             run_federation(InProcessGrid(nodes), settings, registry, run_id=RUN)
     assert [list(each.cohort) for each in registry.rounds(RUN)] == [["client-0", "client-1"], ["client-0"]]

@@ -5,13 +5,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pomona.cli import privacy_ledger
 from pomona.cli.options import Json
 from pomona.cli.output import console, exit_on_error, print_json, print_table
 
 if TYPE_CHECKING:
     from pomona.privacy.plan import PrivacyPlan
 
-app = typer.Typer(name="privacy", help="Plan what a run promises about privacy.", no_args_is_help=True)
+app = typer.Typer(name="privacy", help="Plan what a run promises, and see what was spent.", no_args_is_help=True)
+app.command("ledger")(privacy_ledger.ledger)
+app.command("certificate")(privacy_ledger.certificate)
+app.command("confirm")(privacy_ledger.confirm)
 
 _SHOWN_ROUNDS = 8
 
@@ -68,16 +72,29 @@ def _advice(planned: "PrivacyPlan", dimensions: int) -> str:
     )
 
 
+def _size(planned: "PrivacyPlan") -> str:
+    return "" if planned.population_size is None else f" of {planned.population_size:,}"
+
+
+def _sampling(planned: "PrivacyPlan") -> str:
+    if planned.unit == "example":
+        return (
+            f"each example of a client with probability {planned.sample_rate:g}, in each of "
+            f"{planned.releases_per_round} steps a round"
+        )
+    return f"each client with probability {planned.sample_rate:g}, about {planned.divisor:g} a round"
+
+
 def _show(planned: "PrivacyPlan", facts: dict[str, object]) -> None:
     ranks = f", ranks {planned.ranks[0]} to {planned.ranks[1]}" if planned.ranks else ""
     rows = [
-        ("hidden", f"whether one {planned.unit} of {planned.population_size:,} in {planned.population} took part"),
+        ("hidden", f"whether one {planned.unit}{_size(planned)} in {planned.population} took part"),
         ("mechanism", planned.mechanism + ranks),
         ("promise", f"epsilon {facts['epsilon']:.4g} at delta {planned.delta:g} after {planned.rounds} rounds"),
         ("budget", f"epsilon {planned.budget:g}, of all runs on {planned.population}"),
         ("without secret cohorts", f"epsilon {facts['epsilon_without_sampling']:.4g}"),
         ("account", f"{planned.accountant} of {planned.library}, {planned.adjacency}"),
-        ("sampling", f"each client with probability {planned.sample_rate:g}, about {planned.divisor:g} a round"),
+        ("sampling", _sampling(planned)),
         ("clip", f"{planned.clip:g}" + (", then adapting" if planned.count_noise else "")),
         ("noise multiplier", f"{planned.noise_multiplier:.4g}"),
         ("noise / longest update", f"{facts['feasibility']:.3g} over {facts['dimensions']:,} trained numbers"),

@@ -36,6 +36,7 @@ def upgrade() -> None:
         sa.Column("budget", sa.Double, nullable=False),
         sa.Column("noise_multiplier", sa.Double, nullable=False),
         sa.Column("sample_rate", sa.Double, nullable=False),
+        sa.Column("releases", sa.Integer, nullable=False),
         sa.Column("library", sa.Text, nullable=False),
         sa.Column("release_sha256", sa.String(64), nullable=True),
         sa.Column("previous", sa.String(64), nullable=False),

@@ -1,0 +1,165 @@
+"""The rounds of a run under client-level privacy.
+
+A release is paid for before anybody is asked for it, and is written down before it is published::
+
+    reserve in the ledger -> toss a coin for each enrolled client -> sum what comes until the deadline -> draw noise
+        -> write the noised bytes -> ledger: released, with their hash -> publish the version
+
+Wherever a process dies, what was reserved stays spent. Where the release was written down, the same bytes are published
+by the next process, for nothing; where it was not, the row is burned, and the round is tried again with other coins and
+other noise, as another release. A round lasts until its deadline, whoever has answered, and releases even where nobody
+has: neither its length nor its success says anything of a client. Who was asked is known to this process alone.
+"""
+
+import contextlib
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+
+from flwr.app import ArrayRecord, ConfigRecord
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
+
+from pomona.adapters import AdapterWeights
+from pomona.coordinator.private_strategy import PrivateStrategy
+from pomona.coordinator.replies import collect
+from pomona.coordinator.round_loop import RoundLoop
+from pomona.coordinator.spending import reserve
+from pomona.errors import AdapterNotFound, BlobCorrupt, PayloadError
+from pomona.failpoints import reach
+from pomona.privacy.plan import PrivacyPlan, plan_of
+from pomona.privacy.randomness import SecureRandom
+from pomona.storage.records import LedgerEntry, Version
+from pomona.wire import decode_weights
+
+_SENDINGS = 3
+_WAIT_S = 1.0
+
+
+class PrivateLoop(RoundLoop):
+    """One run whose clients are hidden, for as long as this process has it."""
+
+    _strategy: PrivateStrategy
+
+    def _make_strategy(self, weights: AdapterWeights) -> PrivateStrategy:
+        self._plan: PrivacyPlan = plan_of(self._settings)
+        self._coins = SecureRandom()
+        self._roster.limit = self._plan.population_size
+        return PrivateStrategy(
+            settings=self._settings,
+            plan=self._plan,
+            invitation=self._invitation,
+            manifest=self._model.manifest,
+            registry=self._registry,
+            roster=self._roster,
+            weights=weights,
+        )
+
+    def _recover(self) -> list[Version]:
+        published = super()._recover()
+        if published:
+            _, facts = decode_weights(self._registry.payload(published[-1].ref))
+            self._strategy.clip = float(_facts(facts)["next_clip"])
+            self._wait_for_clients()
+        self._strategy.begin()
+        return published
+
+    def _expected(self, last_cohort: object) -> tuple[str, ...]:
+        """Return nobody: who was asked last is written down nowhere."""
+        del last_cohort
+        return ()
+
+    def _try_round(self, number: int) -> Version:
+        run_id, strategy = self._invitation.run_id, self._strategy
+        self._make_sure()
+        self._registry.open_round(run_id, number, parent=strategy.parent or None, cohort=[])
+        reach("round-opened")
+        with self._failing(number):
+            payload = self._released_before(number) or self._release(number)
+            self._make_sure()
+            version = self._publish_release(number, payload)
+            reach("version-published")
+        strategy.weights, facts = decode_weights(payload)
+        strategy.parent, strategy.clip = version.ref, float(_facts(facts)["next_clip"])
+        return version
+
+    def _released_before(self, number: int) -> bytes | None:
+        """Return what another process released for a round and did not publish; burn what came to nothing."""
+        mine = [row for row in self._registry.ledger(self._plan.population) if self._is_of(row, number)]
+        for row in (row for row in mine if row.state == "released"):
+            with contextlib.suppress(AdapterNotFound, BlobCorrupt):
+                return self._registry.blobs.get(str(row.release_sha256))
+        settled = {row.attempt for row in mine if row.state != "reserved"}
+        for row in mine:
+            if row.state == "reserved" and row.attempt not in settled:
+                self._registry.settle_release(row, release_sha256=None)
+        return None
+
+    def _is_of(self, row: LedgerEntry, number: int) -> bool:
+        return (row.run_id, row.round) == (self._invitation.run_id, number)
+
+    def _release(self, number: int) -> bytes:
+        reserved = reserve(self._registry, self._plan, run_id=self._invitation.run_id, round_number=number)
+        reach("release-reserved")
+        try:
+            payload = self._noised(number, reserved)
+            sha256 = self._registry.blobs.put(payload)
+        except Exception:
+            with contextlib.suppress(Exception):
+                self._registry.settle_release(reserved, release_sha256=None)
+            raise
+        reach("release-written")
+        self._registry.settle_release(reserved, release_sha256=sha256)
+        reach("release-settled")
+        return payload
+
+    def _noised(self, number: int, reserved: LedgerEntry) -> bytes:
+        """Ask a cohort, and return the next adapter's bytes, which hold nothing but noised sums and public facts."""
+        members = sorted(self._roster.members)
+        coins = self._coins.chosen(len(members), self._plan.sample_rate)
+        self._sum_up(number, [name for name, chosen in zip(members, coins, strict=True) if chosen])
+        reach("release-summed")
+        made = self._strategy.release()
+        facts = {
+            "population": self._plan.population,
+            "plan_sha256": self._plan.sha256,
+            "ledger_seq": reserved.seq,
+            "ledger_sha256": reserved.sha256,
+            "retained_energy": min(made.retained_energy.values(), default=1.0),
+            "clip": made.clip,
+            "next_clip": made.next_clip,
+        }
+        return self._encoded(number, made.weights, privacy=facts)
+
+    def _sum_up(self, number: int, cohort: list[str]) -> None:
+        ends = time.monotonic() + self._settings.cohort.round_deadline_s
+        config = ConfigRecord({"cohort": cohort, "frozen": False})
+        for _ in range(_SENDINGS):  # where the server stood still and forgot what was being sent
+            messages = list(self._strategy.configure_train(number, ArrayRecord(), config, self._grid))
+            asked = self._strategy.asked
+            with contextlib.suppress(ObjectPushError):
+                for group in collect(
+                    self._puller, messages, deadline_s=ends - time.monotonic(), idle=self._enrol_newcomers
+                ):
+                    self._strategy.receive_all([(asked[position], reply) for position, reply in group])
+                break
+        while self._lasting and (left := ends - time.monotonic()) > 0.0:
+            self._enrol_newcomers()
+            time.sleep(min(_WAIT_S, left))
+
+    def _publish_release(self, number: int, payload: bytes) -> Version:
+        """Publish released bytes; scoring them on the coordinator's own data is post-processing."""
+        weights, facts = decode_weights(payload)
+        told = _facts(facts)
+        energy = [float(told["retained_energy"])]
+        new = self._new_version(number, weights, payload, energy)
+        recipe = {**new.recipe, "privacy": {**told, "plan": self._plan.model_dump(mode="json")}}
+        metrics = self._metrics(weights, energy)
+        seconds = self._settings.cohort.round_deadline_s
+        return self._registry.publish_round(replace(new, recipe=recipe, metrics=metrics, seconds=seconds))
+
+
+def _facts(metadata: Mapping[str, object]) -> dict[str, str | float]:
+    told = metadata.get("privacy")
+    if not isinstance(told, dict):
+        raise PayloadError("expected an adapter that was released under privacy, got one without its ledger row")
+    return told

@@ -1,0 +1,144 @@
+"""What clients contribute under client-level privacy, and what the noised mean of it changes: four mechanisms, one sum.
+
+==========  ====================================  ================================================
+mechanism   contribution ``u_i``                  next global adapter, of the noised mean ``u``
+==========  ====================================  ================================================
+dp-lora     ``A_i - A, B_i - B, head_i - head``   ``A + u_A``, ``B + u_B``, ``head + u_head``
+dp-dylora   the same, of the first ``b_t``        likewise; the other components stay
+            components
+ffa         ``B_i - B, head_i - head``            ``B + u_B`` over the ``A`` of the run
+ffa-nested  ``s_i pad(B_i), head_i - head``       ``truncate(G + u_B A_t)``, ``head + u_head``
+==========  ====================================  ================================================
+
+With orthonormal rows in ``A_t`` the norm of ``s_i B_i`` is that of the update ``s_i B_i A_t``, so the last clips what
+the client changes. The formulas and papers are in :mod:`pomona.privacy.dylora` and
+:mod:`pomona.aggregation.strategies.ffa_nested`. All that is done with the mean is post-processing.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from pomona.adapters import AdapterWeights, LoraFactors
+from pomona.aggregation.strategies.contract import Assignment, truncated_sum
+from pomona.aggregation.strategies.start import starting_factors
+from pomona.coordinator.method import Method, Trained, Work
+from pomona.manifest import HEAD, LORA_A, LORA_B, AdapterManifest
+from pomona.privacy.dylora import contribution, moved, prefix, rank_of_round
+from pomona.privacy.plan import PrivacyPlan
+from pomona.settings import RunSettings
+
+
+class PrivateMethod(Method):
+    """The mechanism of a run, made from its plan."""
+
+    def __init__(self, settings: RunSettings, manifest: AdapterManifest, plan: PrivacyPlan) -> None:
+        super().__init__(settings, manifest)
+        self._manifest, self._plan, self._seed = manifest, plan, settings.seed
+
+    def rank_of_round(self, round_number: int) -> int | None:
+        """Return the rank that all clients train in a round; None: each its own."""
+        if self._plan.ranks is not None:
+            return rank_of_round(self._plan.ranks, seed=self._seed, round_number=round_number)
+        return None if self._plan.mechanism == "ffa-nested" else self.rules.rank
+
+    def begin(self, weights: AdapterWeights) -> AdapterWeights:
+        """Return the global adapter that the first round starts from: fresh rows of A, and B = 0.
+
+        Components that a round leaves out must be the same in all later ones, so the server draws them.
+        """
+        if weights.layers or self._plan.mechanism == "ffa-nested":
+            return weights
+        whole = super().work(weights, rank=self.rules.rank, round_number=1).assignment
+        drawn = starting_factors(replace(whole, layers={}), self.rules)
+        return AdapterWeights(layers={name: _folded(each) for name, each in drawn.items()}, heads=weights.heads)
+
+    def work(self, weights: AdapterWeights, *, rank: int, round_number: int) -> Work:
+        """Return what clients that enrolled with a rank start a round from."""
+        common = self.rank_of_round(round_number)
+        if self._plan.mechanism != "dp-dylora" or common is None:
+            return super().work(weights, rank=rank, round_number=round_number)
+        nested = prefix(self._as_trained(weights), common)
+        scale = self.rules.scale(common)
+        whole = super().work(weights, rank=rank, round_number=round_number).assignment
+        assignment = Assignment(
+            layers={name: _folded(replace(each, scale=scale)) for name, each in nested.layers.items()},
+            rank=common,
+            trainable=common,
+            adapter_seed=whole.adapter_seed,
+        )
+        return Work(assignment, starting_factors(assignment, self.rules), scale)
+
+    def shapes(self, round_number: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of a contribution in a round, by payload key."""
+        rank = self.rank_of_round(round_number) or self.largest_rank
+        found: dict[str, tuple[int, ...]] = {f"{HEAD}{name}": shape for name, shape in self._manifest.heads.items()}
+        for name, (out, in_) in self._manifest.layers.items():
+            wide = self.rules.layer_rank(name, rank)
+            found[f"{LORA_B}{name}"] = (out, wide)
+            if self._plan.mechanism in {"dp-lora", "dp-dylora"}:
+                found[f"{LORA_A}{name}"] = (wide, in_)
+        return found
+
+    def contribution(self, trained: Trained, weights: AdapterWeights, *, round_number: int) -> dict[str, Tensor]:
+        """Return what a client contributes before it is clipped, float64, by payload key.
+
+        Args:
+            trained: A verified update.
+            weights: The global adapter that it was asked with.
+            round_number: From 1.
+        """
+        after = trained.update.weights
+        if self._plan.mechanism == "ffa-nested":
+            shapes = self.shapes(round_number)
+            heads = {
+                f"{HEAD}{name}": head.double() - weights.heads[name].double() for name, head in after.heads.items()
+            }
+            return heads | {
+                f"{LORA_B}{name}": _padded(trained.work.scale * each.b.double(), shapes[f"{LORA_B}{name}"])
+                for name, each in after.layers.items()
+            }
+        moves = contribution(after, AdapterWeights(layers=trained.work.start, heads=weights.heads))
+        return {key: moves[key] for key in self.shapes(round_number)}
+
+    def apply(
+        self, weights: AdapterWeights, mean: Mapping[str, Tensor], *, round_number: int
+    ) -> tuple[AdapterWeights, dict[str, float]]:
+        """Return the next global adapter, and the share of energy that its truncation kept, per layer.
+
+        Args:
+            weights: The global adapter of the round.
+            mean: The noised mean, by payload key.
+            round_number: From 1.
+        """
+        if self._plan.mechanism != "ffa-nested":
+            after = moved(self._as_trained(weights), mean)
+            layers = {name: _folded(each) for name, each in after.layers.items()}
+            return AdapterWeights(layers=layers, heads=after.heads), dict.fromkeys(layers, 1.0)
+        drawn = super().work(weights, rank=self.largest_rank, round_number=round_number).assignment
+        widest = starting_factors(replace(drawn, rank=self.largest_rank), self.rules)
+        update = {name: LoraFactors(a=each.a.double(), b=mean[f"{LORA_B}{name}"]) for name, each in widest.items()}
+        layers, energy = truncated_sum(weights.layers, [update], weights=[1.0], rules=self.rules)
+        heads = {name: (head.double() + mean[f"{HEAD}{name}"]).float() for name, head in weights.heads.items()}
+        return self.optimized(weights, AdapterWeights(layers=layers, heads=heads), energy)
+
+    def _as_trained(self, weights: AdapterWeights) -> AdapterWeights:
+        """Return the global adapter in the clients' own parameters, the scale of its whole rank beside them."""
+        scale = self.rules.scale(self.rules.rank)
+        layers = {
+            name: LoraFactors(a=each.a, b=each.b * (each.scale / scale), scale=scale)
+            for name, each in weights.layers.items()
+        }
+        return AdapterWeights(layers=layers, heads=weights.heads)
+
+
+def _folded(factors: LoraFactors) -> LoraFactors:
+    return LoraFactors(a=factors.a.contiguous(), b=(factors.scale * factors.b).contiguous())
+
+
+def _padded(b: Tensor, shape: tuple[int, ...]) -> Tensor:
+    wide = torch.zeros(shape, dtype=torch.float64)
+    wide[:, : b.shape[1]] = b
+    return wide

@@ -1,0 +1,185 @@
+"""What is certified of an adapter is computed from the ledger; a ledger that is too short is found out."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.coordinator.test_spending import plan
+from typer.testing import CliRunner
+
+from pomona.cli import app
+from pomona.coordinator.spending import reserve, whole_ledger, witness_folder
+from pomona.errors import ConfigError, RegistryDamaged
+from pomona.privacy.certificate import certify
+from pomona.privacy.plan import PrivacyPlan
+from pomona.storage import ledger_witness
+from pomona.storage.backup import restore_backup, write_backup
+from pomona.storage.opening import open_registry
+from pomona.storage.records import NewVersion, Version
+from pomona.storage.registry import Registry
+from pomona.storage.verification import verify
+from pomona.wire import digest
+
+BASE = "b" * 64
+PLAN = plan(rounds=8, noise=1.0)
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def registry(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Registry]:
+    monkeypatch.delenv("POMONA_REGISTRY_URL", raising=False)
+    with open_registry(home) as registry:
+        registry.add_base_model(BASE, "tiny", "tiny")
+        for run in ("run-1", "run-2"):
+            registry.start_run(run_id=run, adapter=run, base_sha256=BASE, settings_json="{}")
+        yield registry
+
+
+def release(registry: Registry, number: int, *, run: str = "run-1", plan: PrivacyPlan = PLAN) -> Version:
+    """Pay for a round, and publish it."""
+    payload = f"{run} {number}".encode()
+    row = reserve(registry, plan, run_id=run, round_number=number)
+    registry.settle_release(row, release_sha256=registry.blobs.put(payload))
+    registry.open_round(run, number, parent=f"{run}/{number - 1}" if number > 1 else None, cohort=[])
+    told = {
+        "population": plan.population, "plan": plan.model_dump(mode="json"), "plan_sha256": plan.sha256,
+        "ledger_seq": row.seq, "ledger_sha256": row.sha256, "clip": 0.5,
+    }  # fmt: skip
+    new = NewVersion(
+        run_id=run, round_number=number, adapter=run, payload=payload, base_sha256=BASE, rank=1,
+        exactness="approximate", recipe={"privacy": told, "task": "classification"},
+    )  # fmt: skip
+    return registry.publish_round(new)
+
+
+def test_a_certificate_counts_all_that_the_population_has_released(registry: Registry) -> None:
+    release(registry, 1, run="run-2")
+    first = release(registry, 1)
+    reserve(registry, PLAN, run_id="run-1", round_number=2)  # a process that was killed
+    second = release(registry, 2)
+    release(registry, 3)
+    rows = whole_ledger(registry, PLAN.population)
+    told = certify(second, rows)
+    assert (told.releases, told.rounds) == (4, 2)
+    assert told.epsilon == pytest.approx(PLAN.epsilon_after(4))
+    assert told.epsilon_of_run == pytest.approx(PLAN.epsilon_after(3)), "a round that came to nothing is paid too"
+    assert certify(first, rows).epsilon == pytest.approx(PLAN.epsilon_after(2))
+    assert told.epsilon_without_sampling > 5 * told.epsilon
+    assert (told.sha256, told.ledger_seq) == (digest(b"run-1 2"), rows[told.ledger_seq - 1].seq)
+    assert (told.delta, told.noise_multiplier, told.sample_rate, told.population_size) == (1e-5, 1.0, 0.05, 1000)
+
+
+def test_what_the_ledger_does_not_bear_out_is_not_certified(registry: Registry) -> None:
+    version = release(registry, 1)
+    rows = whole_ledger(registry, PLAN.population)
+    with pytest.raises(RegistryDamaged, match="no such row"):
+        certify(version, [])
+    with pytest.raises(RegistryDamaged, match="was released"):
+        certify(version, rows[:1])
+    plain = registry.publish_round
+    registry.open_round("run-2", 1, parent=None, cohort=[])
+    new = NewVersion(
+        run_id="run-2", round_number=1, adapter="run-2", payload=b"x", base_sha256=BASE, rank=1, exactness="exact"
+    )
+    with pytest.raises(ConfigError, match="not released under privacy"):
+        certify(plain(new), rows)
+
+
+def test_verify_finds_a_version_that_its_ledger_does_not_know(registry: Registry, home: Path, tmp_path: Path) -> None:
+    release(registry, 1)
+    assert not verify(registry).errors
+    told = {"population": "phones", "ledger_seq": 7, "ledger_sha256": "c" * 64}
+    registry.open_round("run-2", 1, parent=None, cohort=[])
+    registry.publish_round(
+        NewVersion(
+            run_id="run-2",
+            round_number=1,
+            adapter="run-2",
+            payload=b"x",
+            base_sha256=BASE,
+            rank=1,
+            exactness="approximate",
+            recipe={"privacy": told},
+        )
+    )
+    assert [item.about for item in verify(registry).errors] == ["version run-2/1"]
+
+
+def test_an_older_database_that_is_put_back_releases_nothing(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its ledger is whole, and does not know what was spent since."""
+    monkeypatch.delenv("POMONA_REGISTRY_URL", raising=False)
+    with open_registry(home) as registry:
+        reserve(registry, PLAN, run_id="run-1", round_number=1)
+    shutil.copy(home / "registry.db", tmp_path / "older.db")
+    with open_registry(home) as registry:
+        reserve(registry, PLAN, run_id="run-1", round_number=2)
+    for each in home.glob("registry.db*"):
+        each.unlink()
+    shutil.copy(tmp_path / "older.db", home / "registry.db")
+    with open_registry(home) as registry:
+        with pytest.raises(RegistryDamaged, match="an older database was put back"):
+            reserve(registry, PLAN, run_id="run-1", round_number=2)
+        assert len(registry.ledger()) == 1
+        reserve(registry, plan(population="laptops"), run_id="run-1", round_number=1)
+
+
+def test_a_restored_registry_releases_nothing_before_somebody_answers_for_it(
+    registry: Registry, tmp_path: Path
+) -> None:
+    release(registry, 1)
+    write_backup(registry, tmp_path / "backup.tar")
+    release(registry, 2)
+    restored = tmp_path / "restored"
+    restore_backup(tmp_path / "backup.tar", restored)
+    with open_registry(restored) as again:
+        with pytest.raises(RegistryDamaged, match="restored from a backup"):
+            reserve(again, PLAN, run_id="run-1", round_number=2)
+        done = CliRunner().invoke(app, ["privacy", "confirm", "phones", "--home", str(restored)])
+        assert done.exit_code == 0, done.output
+        reserve(again, PLAN, run_id="run-1", round_number=2)
+        assert "privacy-ledger-confirmed" in {record.event for record in again.audit()}
+    assert CliRunner().invoke(app, ["privacy", "confirm", "phones", "--home", str(restored)]).exit_code == 3
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"seq": 0, "sha256": "x"}', "\x00"])
+def test_a_witness_that_cannot_be_read_is_not_taken_for_none(registry: Registry, text: str) -> None:
+    reserve(registry, PLAN, run_id="run-1", round_number=1)
+    (witness_folder(registry) / "phones.json").write_text(text)
+    with pytest.raises(RegistryDamaged, match="cannot be read"):
+        reserve(registry, PLAN, run_id="run-1", round_number=2)
+
+
+def test_a_witness_does_not_go_back(registry: Registry) -> None:
+    first = reserve(registry, PLAN, run_id="run-1", round_number=1)
+    reserve(registry, PLAN, run_id="run-1", round_number=2)
+    folder = witness_folder(registry)
+    ledger_witness.keep(folder, first)
+    assert ledger_witness.objection(folder, "phones", [first])
+    assert not ledger_witness.objection(folder, "phones", registry.ledger("phones"))
+
+
+def test_ledger_and_certificate_are_told_to_people_and_machines(registry: Registry, home: Path) -> None:
+    release(registry, 1)
+
+    def told(*arguments: str) -> str:
+        done = CliRunner().invoke(app, ["privacy", *arguments, "--home", str(home)])
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    rows = json.loads(told("ledger", "phones", "--json"))
+    assert [(row["state"], row["round"]) for row in rows] == [("reserved", 1), ("released", 1)]
+    assert "reserved" in told("ledger")
+    facts = json.loads(told("certificate", "run-1/1", "--json"))
+    assert facts["epsilon"] == pytest.approx(PLAN.epsilon_after(1))
+    assert {"delta", "unit", "adjacency", "accountant", "library", "noise_multiplier", "sample_rate"} <= facts.keys()
+    assert "trusted" in " ".join(facts["assumptions"])
+    assert "epsilon" in told("certificate", "run-1/1")
+    assert CliRunner().invoke(app, ["privacy", "ledger", "nobody", "--home", str(home)]).exit_code == 3
