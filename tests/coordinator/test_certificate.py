@@ -93,7 +93,7 @@ def test_what_the_ledger_does_not_bear_out_is_not_certified(registry: Registry) 
 
 def test_verify_finds_a_version_that_its_ledger_does_not_know(registry: Registry, home: Path, tmp_path: Path) -> None:
     release(registry, 1)
-    assert not verify(registry).errors
+    assert not verify(registry).problems
     told = {"population": "phones", "ledger_seq": 7, "ledger_sha256": "c" * 64}
     registry.open_round("run-2", 1, parent=None, cohort=[])
     registry.publish_round(
@@ -108,7 +108,7 @@ def test_verify_finds_a_version_that_its_ledger_does_not_know(registry: Registry
             recipe={"privacy": told},
         )
     )
-    assert [item.about for item in verify(registry).errors] == ["version run-2/1"]
+    assert [item.about for item in verify(registry).problems] == ["version run-2/1"]
 
 
 def test_an_older_database_that_is_put_back_releases_nothing(
