@@ -163,7 +163,8 @@ class CorrelatedNoise:
     """The rows of ``C^-1 Z``, one a round: ``w_t = (z_t - sum_i C_(t,t-i) w_(t-i)) / C_tt``.
 
     A release is ``(sum of clipped updates + sigma C w_t) / n``. What is remembered is the noise of the last ``b - 1``
-    rounds, and whoever has it can take it off what was released: it lives in memory and is never written anywhere.
+    rounds, 8 bytes a number, and whoever has it can take it off what was released: it lives in memory and is never
+    written anywhere.
 
     So it is lost when a process dies. Going on with an empty memory, at a round of which nothing was released yet, is
     sound and costs nothing more: noise of later rounds then takes back none from before, which is the noise of a
