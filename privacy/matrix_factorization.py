@@ -162,7 +162,7 @@ def _column_norms(factorization: BandedFactorization) -> Vector:
 class CorrelatedNoise:
     """The rows of ``C^-1 Z``, one a round: ``w_t = (z_t - sum_i C_(t,t-i) w_(t-i)) / C_tt``.
 
-    A release is ``(sum of clipped updates + sigma C w_t) / n``. What is remembered is the noise of the last ``b - 1``
+    A release is ``(sum of updates clipped to S + sigma S w_t) / n``. Remembered is the noise of the last ``b - 1``
     rounds, 8 bytes a number, and whoever has it can take it off what was released: it lives in memory and is never
     written anywhere.
 
@@ -197,7 +197,7 @@ class CorrelatedNoise:
         self._memory: deque[Vector] = deque(maxlen=factorization.bands - 1)
 
     def draw(self, round_number: int) -> dict[str, Tensor]:
-        """Return the noise of a round, float64, in units of ``sigma C``: each round once, in order, none left out.
+        """Return the noise of a round, float64, in units of ``sigma S``: each round once, in order, none left out.
 
         Distances between rounds are what keeps columns apart, so a round without a release draws its noise too.
 
@@ -308,7 +308,7 @@ class ExpectedError:
 
 
 def expected_error(factorization: BandedFactorization, *, noise_multiplier: float, clip: float = 1.0) -> ExpectedError:
-    """Return the noise that is left on sums over rounds: ``sigma C ||A C^-1||_F / sqrt(T)``, and ``||A||_F`` for it.
+    """Return the noise that is left on sums over rounds: ``sigma S ||A C^-1||_F / sqrt(T)``; independent, ``||A||_F``.
 
     Both are for clients that take part in every ``b``-th round. Independent noise with a secret Poisson sample may be
     better than either; compare it by its own noise multiplier.
