@@ -26,6 +26,7 @@ from pomona.coordinator.round_loop import RoundLoop
 from pomona.coordinator.spending import reserve
 from pomona.errors import AdapterNotFound, BlobCorrupt, PayloadError
 from pomona.failpoints import reach
+from pomona.privacy.matrix_factorization import eligible
 from pomona.privacy.plan import PrivacyPlan, plan_of
 from pomona.privacy.randomness import SecureRandom
 from pomona.storage.records import LedgerEntry, Version
@@ -114,11 +115,9 @@ class PrivateLoop(RoundLoop):
 
     def _noised(self, number: int, reserved: LedgerEntry) -> bytes:
         """Ask a cohort, and return the next adapter's bytes, which hold nothing but noised sums and public facts."""
-        members = sorted(self._roster.members)
-        coins = self._coins.chosen(len(members), self._plan.sample_rate)
-        self._sum_up(number, [name for name, chosen in zip(members, coins, strict=True) if chosen])
+        self._sum_up(number, self._chosen(number))
         reach("release-summed")
-        made = self._strategy.release()
+        made = self._strategy.release(fresh=reserved.attempt > 1)
         facts = {
             "population": self._plan.population,
             "plan_sha256": self._plan.sha256,
@@ -129,6 +128,14 @@ class PrivateLoop(RoundLoop):
             "next_clip": made.next_clip,
         }
         return self._encoded(number, made.weights, privacy=facts)
+
+    def _chosen(self, number: int) -> list[str]:
+        """Return who is asked in a round, of all that are enrolled."""
+        members = sorted(self._roster.members)
+        if self._plan.factorization is not None:
+            return eligible(members, number, bands=self._plan.factorization.bands, seed=self._settings.seed)
+        coins = self._coins.chosen(len(members), self._plan.sample_rate)
+        return [name for name, chosen in zip(members, coins, strict=True) if chosen]
 
     def _sum_up(self, number: int, cohort: list[str]) -> None:
         ends = time.monotonic() + self._settings.cohort.round_deadline_s

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
+from torch import Tensor
 
 from pomona.adapters import AdapterWeights
 from pomona.coordinator.enrolment import Roster
@@ -22,6 +23,7 @@ from pomona.manifest import AdapterManifest
 from pomona.privacy.adaptive_clip import AdaptiveClip, next_bound
 from pomona.privacy.clipping import joint_norm
 from pomona.privacy.gaussian_sum import GaussianSum
+from pomona.privacy.matrix_factorization import CorrelatedNoise
 from pomona.privacy.plan import PrivacyPlan
 from pomona.privacy.randomness import SecureRandom
 from pomona.protocol import Invitation
@@ -76,6 +78,7 @@ class PrivateStrategy(LoraStrategy):
         self._method: PrivateMethod = PrivateMethod(settings, manifest, plan)
         self._adaptive = settings.privacy.adaptive_clip if settings.privacy else None
         self.clip = plan.clip
+        self._rows: tuple[int, CorrelatedNoise] | None = None  # and the round whose turn it is
         self._open(0)
 
     def begin(self) -> None:
@@ -101,15 +104,31 @@ class PrivateStrategy(LoraStrategy):
         """Record nothing: who did not answer counts as zero, like who was not asked."""
         del clients
 
-    def release(self) -> Released:
+    def release(self, *, fresh: bool = False) -> Released:
         """Return what the round gives, once; the sum is forgotten.
+
+        Args:
+            fresh: The round is tried again, so its noise must take back none from before.
 
         Raises:
             ValueError: It was released before.
         """
-        mean, number = self._sum.release(), self._round.number
+        number = self._round.number
+        mean = self._sum.release(self._correlated(number, fresh=fresh))
         weights, energy = self._method.apply(self.weights, mean, round_number=number)
         return Released(weights=weights, retained_energy=energy, clip=self.clip, next_clip=self._next_clip())
+
+    def _correlated(self, number: int, *, fresh: bool) -> dict[str, Tensor] | None:
+        """Return the noise of a round that goes with that of the rounds before, where the plan has such."""
+        if self._plan.factorization is None:
+            return None
+        if self._rows is None or fresh or self._rows[0] != number:
+            shapes = self._method.shapes(number)
+            made = CorrelatedNoise(self._plan.factorization, shapes, noise=self._noise, first_round=number)
+        else:
+            made = self._rows[1]
+        self._rows = number + 1, made
+        return made.draw(number)
 
     def _open(self, number: int) -> None:
         self._sum = GaussianSum(

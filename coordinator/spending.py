@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from pomona.errors import ConfigError, PrivacyBudgetExhausted, RegistryDamaged, VersionConflict
@@ -33,8 +34,16 @@ def check_privacy(registry: Registry, settings: RunSettings, *, run_id: str) -> 
             f"{plan.sha256[:12]} ({plan.library}); install what it was begun with, or start a new run"
         )
     if len({row.round for row in mine if row.state == "released"}) < settings.rounds:
-        check_run_fits(registry, plan, rounds=1 if mine else settings.rounds)
+        _check_goes_on(registry, plan, mine) if mine else check_run_fits(registry, plan, rounds=settings.rounds)
     return plan
+
+
+def _check_goes_on(registry: Registry, plan: PrivacyPlan, mine: Sequence[LedgerEntry]) -> None:
+    """Check that the next release of a run that was begun is not one too many."""
+    over = {row.round for row in mine if row.state == "released"}
+    number = max(over, default=0) + 1
+    tried = sum(row.state == "reserved" and row.round == number for row in mine)
+    _cost(whole_ledger(registry, plan.population), plan, plan.releases_of(number, tried + 1))
 
 
 def check_run_fits(registry: Registry, plan: PrivacyPlan, *, rounds: int) -> float:
@@ -45,7 +54,7 @@ def check_run_fits(registry: Registry, plan: PrivacyPlan, *, rounds: int) -> flo
         RegistryDamaged: The ledger is not whole.
     """
     rows = whole_ledger(registry, plan.population)
-    return _cost(rows, plan, rounds)
+    return _cost(rows, plan, plan.event(rounds).count)
 
 
 def reserve(registry: Registry, plan: PrivacyPlan, *, run_id: str, round_number: int) -> LedgerEntry:
@@ -60,19 +69,20 @@ def reserve(registry: Registry, plan: PrivacyPlan, *, run_id: str, round_number:
     """
     for _ in range(_ATTEMPTS):
         rows = whole_ledger(registry, plan.population)
+        attempt = 1 + sum(row.state == "reserved" and (row.run_id, row.round) == (run_id, round_number) for row in rows)
+        releases = plan.releases_of(round_number, attempt)
         new = Reservation(
             population=plan.population,
             run_id=run_id,
             round_number=round_number,
-            attempt=1
-            + sum(row.state == "reserved" and (row.run_id, row.round) == (run_id, round_number) for row in rows),
+            attempt=attempt,
             plan_sha256=plan.sha256,
-            epsilon=_cost(rows, plan, 1),
+            epsilon=_cost(rows, plan, releases),
             delta=plan.delta,
             budget=plan.budget,
             noise_multiplier=plan.event().noise_multiplier,
             sample_rate=plan.event().sample_rate,
-            releases=plan.event().count,
+            releases=releases,
             library=plan.library,
         )
         with suppress(VersionConflict):
@@ -89,7 +99,9 @@ def spent(rows: Sequence[LedgerEntry]) -> list[Event]:
         if row.state == "reserved":
             counts[row.noise_multiplier, row.sample_rate] += row.releases
     return [
-        Event(noise_multiplier=noise, sample_rate=rate, count=count) for (noise, rate), count in sorted(counts.items())
+        Event(noise_multiplier=noise, sample_rate=rate, count=count)
+        for (noise, rate), count in sorted(counts.items())
+        if count
     ]
 
 
@@ -115,16 +127,16 @@ def witness_folder(registry: Registry) -> Path:
     return registry.blobs.root.parent / ledger_witness.FOLDER
 
 
-def _cost(rows: Sequence[LedgerEntry], plan: PrivacyPlan, rounds: int) -> float:
+def _cost(rows: Sequence[LedgerEntry], plan: PrivacyPlan, releases: int) -> float:
     budget = min([plan.budget, *(row.budget for row in rows)])
     delta = min([plan.delta, *(row.delta for row in rows)])
-    events = [*spent(rows), plan.event(rounds)]
+    events = [*spent(rows), *([replace(plan.event(), count=releases)] if releases else [])]
     cost = epsilon(events, delta=delta, accountant=plan.accountant)
     if cost > budget * (1 + 1e-9):
         before = epsilon(spent(rows), delta=delta, accountant=plan.accountant)
         raise PrivacyBudgetExhausted(
             f"population {plan.population} has spent epsilon {before:.4g} of {budget:g} at delta {delta:g}; "
-            f"{rounds} more round{'s' * (rounds != 1)} would make it {cost:.4g}. Lower the rounds or raise the noise; "
-            "a budget is not raised afterwards"
+            f"{releases} more release{'s' * (releases != 1)} would make it {cost:.4g}. Lower the rounds or raise "
+            "the noise; a budget is not raised afterwards"
         )
     return cost

@@ -93,7 +93,7 @@ def certify(version: Version, rows: Sequence[LedgerEntry]) -> Certificate:
     mine = [row for row in until if row.run_id == version.run_id]
 
     def cost(of: Sequence[LedgerEntry], *, sampled: bool = True) -> float:
-        events = [_event(row) for row in of]
+        events = [_event(row) for row in of if row.releases]
         known = events if sampled else [replace(event, sample_rate=1.0) for event in events]
         return epsilon(_merged(known), delta=plan.delta, accountant=plan.accountant)
 

@@ -59,19 +59,29 @@ class GaussianSum:
         for name, tensor in clip(update, self._bound).items():
             self._sum[name] += tensor
 
-    def release(self) -> dict[str, Tensor]:
+    def release(self, standard: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Return the noised mean, float64, once; the sum without noise is forgotten.
 
+        Args:
+            standard: Noise in units of ``sigma C`` that was drawn elsewhere, where that of one release depends on
+                others; None: independent normal numbers.
+
         Raises:
-            ValueError: It was released before.
+            ValueError: It was released before, or the noise has other shapes.
         """
         if self._released:
             raise ValueError("the sum was released; noise drawn again for it would average out")
+        drawn = self._normal() if standard is None else dict(standard)
+        if {name: each.shape for name, each in drawn.items()} != {name: each.shape for name, each in self._sum.items()}:
+            raise ValueError("expected noise of the shapes of the sum")
         self._released = True
         scale = self._noise_multiplier * self._bound
-        released = {}
-        for name, total in self._sum.items():
-            noise = torch.from_numpy(self._noise.normal(total.numel())).reshape(total.shape)
-            released[name] = (total + scale * noise) / self._divisor
+        released = {name: (total + scale * drawn[name]) / self._divisor for name, total in self._sum.items()}
         self._sum = {}
         return released
+
+    def _normal(self) -> dict[str, Tensor]:
+        return {
+            name: torch.from_numpy(self._noise.normal(total.numel())).reshape(total.shape)
+            for name, total in self._sum.items()
+        }

@@ -7,6 +7,7 @@ contradict each other. What cannot be promised is refused when the plan is made,
 import hashlib
 import json
 import math
+from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -14,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from pomona.errors import ConfigError
 from pomona.privacy.accounting import Accountant, Event, epsilon, gaussian_epsilon, library, noise_for
 from pomona.privacy.adaptive_clip import noise_beside_counting
+from pomona.privacy.matrix_factorization import BandedFactorization, factorize
 from pomona.privacy.refusals import check
 from pomona.privacy_settings import PrivacySettings
 from pomona.settings import RunSettings
@@ -31,8 +33,8 @@ class PrivacyPlan(BaseModel):
         unit: Whose presence is hidden.
         mechanism: What is summed; ``dp-sgd``: the gradients of a step of a client's training.
         adjacency: Neighbouring data differ by one unit that is there or not.
-        sampler: Every enrolled unit is asked with probability ``sample_rate``, independently; absent ones count as
-            zero.
+        sampler: ``poisson``: every enrolled unit is asked with probability ``sample_rate``, independently.
+            ``min-separation``: it takes part in every ``b``-th round, by a public schedule. Absent ones count as zero.
         sample_rate: ``q``.
         amplified: Whether the account may count on the sampling, because the cohort is secret.
         population: Name of the population.
@@ -43,6 +45,7 @@ class PrivacyPlan(BaseModel):
         count_noise: Of the count for an adaptive bound, 0 without one.
         divisor: ``q N``, public and fixed; of a step of training the batch size.
         ranks: ``[least, most]`` of the rank of a round.
+        factorization: Of the noise of all rounds, for ``min-separation``.
         rounds: ``T``.
         releases_per_round: One sum over clients, or as many as a client takes steps.
         spare_rounds: Releases beyond them that fit into the budget, for rounds that a crash cuts off.
@@ -57,7 +60,7 @@ class PrivacyPlan(BaseModel):
     unit: Literal["client", "example"]
     mechanism: Mechanism
     adjacency: Literal["add-or-remove-one"] = "add-or-remove-one"
-    sampler: Literal["poisson"] = "poisson"
+    sampler: Literal["poisson", "min-separation"] = "poisson"
     sample_rate: float
     amplified: bool
     population: str
@@ -68,6 +71,7 @@ class PrivacyPlan(BaseModel):
     count_noise: float
     divisor: float
     ranks: tuple[int, int] | None
+    factorization: BandedFactorization | None = None
     rounds: int
     releases_per_round: int = 1
     spare_rounds: int = 0
@@ -83,13 +87,30 @@ class PrivacyPlan(BaseModel):
         return hashlib.sha256(text.encode()).hexdigest()
 
     def event(self, rounds: int = 1) -> Event:
-        """Return so many rounds as the account sees them."""
+        """Return so many rounds as the account sees them; of a factorization, all of them, which are one release."""
         rate = self.sample_rate if self.amplified else 1.0
-        return Event(noise_multiplier=self.noise_multiplier, sample_rate=rate, count=rounds * self.releases_per_round)
+        count = self.factorization.participations if self.factorization else rounds * self.releases_per_round
+        return Event(noise_multiplier=self.noise_multiplier, sample_rate=rate, count=count)
+
+    def releases_of(self, round_number: int, attempt: int) -> int:
+        """Return how many releases are paid for an attempt at a round.
+
+        All rounds of a factorization are paid with the first. One that is tried again has noise that takes back none
+        from before, and is a release of its own.
+        """
+        if self.factorization is None:
+            return self.releases_per_round
+        if attempt > 1:
+            return 1
+        return self.factorization.participations if round_number == 1 else 0
 
     def epsilon_after(self, rounds: int) -> float:
         """Return what so many rounds of this plan cost, nothing else counted."""
-        return epsilon([self.event(rounds)] if rounds else [], delta=self.delta, accountant=self.accountant)
+        if rounds == 0:
+            return 0.0
+        again = max(0, rounds - self.rounds) if self.factorization else 0
+        event = self.event(rounds)
+        return epsilon([replace(event, count=event.count + again)], delta=self.delta, accountant=self.accountant)
 
     @property
     def epsilon_without_sampling(self) -> float:
@@ -121,13 +142,17 @@ def plan_of(settings: RunSettings) -> PrivacyPlan:
 
 def _of_clients(settings: RunSettings, wanted: PrivacySettings) -> PrivacyPlan:
     assert wanted.population_size is not None  # settings see to it
+    made = _factorization(settings, wanted)
     amplified = wanted.cohort_secret and wanted.sample_rate < 1.0
-    noise = _noise(wanted, rate=wanted.sample_rate if amplified else 1.0, count=settings.rounds + wanted.spare_rounds)
-    expected = wanted.sample_rate * wanted.population_size
+    count = (made.participations if made else settings.rounds) + wanted.spare_rounds
+    noise = _noise(wanted, rate=wanted.sample_rate if amplified else 1.0, count=count)
+    expected = wanted.sample_rate * wanted.population_size / (wanted.bands or 1)
     count_noise = _count_noise(wanted, expected)
     return PrivacyPlan(
         **_common(settings, wanted),
         unit="client",
+        sampler="min-separation" if made else "poisson",
+        factorization=made,
         mechanism="dp-dylora" if wanted.ranks else _MECHANISMS[settings.aggregation.strategy],
         amplified=amplified,
         population_size=wanted.population_size,
@@ -170,6 +195,10 @@ def _common(settings: RunSettings, wanted: PrivacySettings) -> dict[str, Any]:
         "delta": wanted.delta,
         "budget": wanted.epsilon,
     }
+
+
+def _factorization(settings: RunSettings, wanted: PrivacySettings) -> BandedFactorization | None:
+    return factorize(settings.rounds, bands=wanted.bands) if wanted.bands else None
 
 
 def _noise(wanted: PrivacySettings, *, rate: float, count: int) -> float:

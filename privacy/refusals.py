@@ -88,6 +88,22 @@ def _pattern(settings: RunSettings) -> str:
     return "privacy.ranks draws one rank for all layers, and training.rank_pattern gives each its own; leave one out"
 
 
+def _bands(settings: RunSettings) -> str:
+    wanted = settings.privacy
+    if wanted is None or wanted.bands is None:
+        return ""
+    if settings.aggregation.strategy not in {"fedit", "ffa"} or wanted.ranks is not None:
+        return (
+            "privacy.bands lets the noise of a round take back that of the rounds before, so what is summed must keep "
+            "its coordinates: choose strategy='fedit' or 'ffa' without privacy.ranks"
+        )
+    if wanted.sample_rate != 1.0:
+        return "privacy.bands and privacy.sample_rate are two ways to choose who is asked; give one"
+    if wanted.adaptive_clip is not None:
+        return "privacy.bands sizes the noise of all rounds at once, so no bound can adapt; leave adaptive_clip out"
+    return ""
+
+
 def _steps(settings: RunSettings) -> str:
     if settings.privacy is None or settings.privacy.unit != "example" or settings.training.max_steps > 0:
         return ""
@@ -117,5 +133,5 @@ def _is_central(settings: RunSettings) -> bool:
 
 
 RULES: tuple[Rule, ...] = (
-    _local, _stacking, _robust, _rank_of_clients, _pattern, _cohort, _replies, _steps, _tail,
+    _local, _stacking, _robust, _rank_of_clients, _pattern, _bands, _cohort, _replies, _steps, _tail,
 )  # fmt: skip

@@ -43,6 +43,8 @@ class PrivacySettings(Section):
         ranks: ``[least, most]``: each round trains one rank drawn between them, for ``fedit`` under ``client``.
         accountant: ``prv`` for runs whose every release is fixed beforehand, ``rdp`` for those that adapt.
         adaptive_clip: Let the bound follow the norms, for ``client``.
+        bands: Each client takes part in every so many-th round, by a public schedule, and the noise of a round takes
+            back some of that before it (DP-FTRL by a banded matrix); counts on no sampling; for ``fedit`` and ``ffa``.
         spare_rounds: So many releases more than rounds fit into ``epsilon``: a round that a crash cuts off is paid, and
             tried again.
         cohort_secret: Nobody but the coordinator learns who was asked; without that sampling hides nobody, and none is
@@ -60,6 +62,7 @@ class PrivacySettings(Section):
     ranks: tuple[Rank, Rank] | None = None
     accountant: Literal["prv", "rdp"] = "prv"
     adaptive_clip: AdaptiveClipSettings | None = None
+    bands: PositiveInt | None = None
     spare_rounds: NonNegativeInt = 0
     cohort_secret: bool = True
 
@@ -70,7 +73,7 @@ class PrivacySettings(Section):
                 "privacy.population_size goes with unit='client' and with no other; "
                 f"got unit={self.unit!r} and population_size={self.population_size}"
             )
-        given = {name for name in ("ranks", "adaptive_clip", "cohort_secret") if changed(self, name)}
+        given = {name for name in ("ranks", "adaptive_clip", "bands", "cohort_secret") if changed(self, name)}
         if self.unit != "client" and given:
             raise ValueError(f"privacy.{min(given)} goes with unit='client', got unit={self.unit!r}")
         if self.ranks is not None and self.ranks[0] > self.ranks[1]:

@@ -196,6 +196,49 @@ def test_coins_are_tossed_over_all_that_are_enrolled_whoever_is_connected(
     assert [len(node.asked) for node in nodes[:2]] == [0, 2]
 
 
+def moves_of(registry: Registry, rounds: int) -> torch.Tensor:
+    """Return what each round changed in every number, ``(rounds, numbers)``; the first round starts from B = 0."""
+    flat = [
+        torch.cat([(each.b / 2.0).double().flatten() for each in weights_of(registry, f"toy/{number}").layers.values()])
+        for number in range(1, rounds + 1)
+    ]
+    return torch.stack(flat).diff(dim=0, prepend=torch.zeros(1, len(flat[0]), dtype=torch.float64))
+
+
+def test_banded_noise_takes_back_noise_of_the_rounds_before(
+    registry: Registry, make_settings: MakeSettings, make_profile: MakeProfile
+) -> None:
+    """Nobody answers, so all that moves is ``C^-1 Z``: its covariance over rounds is ``C^-1 C^-T``, within 5 sigma."""
+    rounds, bands = 4, 2
+    privacy = {"noise_multiplier": 3.0, "clip": 0.5, "bands": bands}
+    settings = make_settings(rounds=rounds, privacy=privacy, deadline_s=0.5)
+    federate([Node(make_profile(i, count=3), trains=silent) for i in range(3)], settings, registry)
+    plan = plan_of(settings)
+    assert plan.factorization is not None
+    assert plan.divisor == 1.5
+    rows = [plan.factorization.row(number) for number in range(1, rounds + 1)]
+    matrix = np.array(
+        [[row[i - j] if 0 <= i - j < len(row) else 0.0 for j in range(rounds)] for i, row in enumerate(rows)]
+    )
+    expected = np.linalg.inv(matrix) @ np.linalg.inv(matrix).T
+    moves = moves_of(registry, rounds).numpy() / (3.0 * 0.5 / 1.5)
+    found, tolerance = moves @ moves.T / moves.shape[1], 5.0 * np.sqrt(2.0 / moves.shape[1]) * expected.max()
+    assert np.abs(found - expected).max() < tolerance
+    assert np.abs(expected - np.diag(np.diag(expected))).max() > 1.5 * tolerance, "independent noise is found out"
+    assert [row.releases for row in registry.ledger("toys") if row.state == "reserved"] == [2, 0, 0, 0]
+
+
+def test_in_a_banded_run_a_client_is_asked_in_rounds_that_are_far_enough_apart(
+    registry: Registry, make_settings: MakeSettings, make_profile: MakeProfile
+) -> None:
+    settings = make_settings(rounds=6, privacy={**NOTHING, "bands": 3, "population_size": 5})
+    nodes = [Node(make_profile(i, count=5)) for i in range(5)]
+    federate(nodes, settings, registry)
+    asked = [[request.round_number for request, _ in node.asked] for node in nodes]
+    assert all(len(rounds) == 2 and rounds[1] - rounds[0] == 3 for rounds in asked), asked
+    assert len({rounds[0] for rounds in asked}) > 1, "they take turns"
+
+
 # What is spent, and what is written down
 
 

@@ -10,6 +10,7 @@ import sqlalchemy as sa
 from pomona.coordinator.spending import check_run_fits, reserve, spent
 from pomona.errors import PrivacyBudgetExhausted, RegistryDamaged
 from pomona.privacy.accounting import Event, epsilon
+from pomona.privacy.matrix_factorization import factorize
 from pomona.privacy.plan import PrivacyPlan
 from pomona.storage import tables as t
 from pomona.storage.opening import open_registry
@@ -60,7 +61,7 @@ def test_a_budget_holds_for_what_was_planned_and_no_release_more(registry: Regis
 def test_a_run_is_refused_before_its_first_release(registry: Registry) -> None:
     planned = plan(rounds=3)
     check_run_fits(registry, planned, rounds=3)
-    with pytest.raises(PrivacyBudgetExhausted, match="4 more rounds"):
+    with pytest.raises(PrivacyBudgetExhausted, match="4 more releases"):
         check_run_fits(registry, planned, rounds=4)
     assert registry.ledger() == []
 
@@ -121,6 +122,27 @@ def test_runs_that_reserve_at_once_take_turns_and_never_overspend(registry: Regi
     rows = registry.ledger("phones")
     assert [row.seq for row in rows] == [1, 2, 3, 4, 5]
     assert rows[-1].epsilon <= planned.budget * (1 + 1e-9)
+
+
+def test_the_rounds_of_a_factorization_are_paid_with_the_first_and_a_second_try_by_itself(registry: Registry) -> None:
+    """Rounds at least 3 apart for everybody: 4 of 10, which cost what 4 releases without sampling do."""
+    made = plan(budget=1e9).model_copy(
+        update={
+            "factorization": factorize(10, bands=3),
+            "amplified": False,
+            "noise_multiplier": 5.0,
+            "accountant": "prv",
+        }
+    )
+    tries = [(1, 1), (2, 1), (2, 2), (3, 1)]
+    rows = [reserve(registry, made, run_id="run-1", round_number=number) for number, _ in tries]
+    assert [(row.round, row.attempt) for row in rows] == tries
+    assert [row.releases for row in rows] == [4, 0, 1, 0]
+    once = epsilon([Event(noise_multiplier=5.0, sample_rate=1.0, count=4)], delta=1e-5)
+    again = epsilon([Event(noise_multiplier=5.0, sample_rate=1.0, count=5)], delta=1e-5)
+    assert [made.epsilon_after(10), made.epsilon_after(11)] == [pytest.approx(once), pytest.approx(again)]
+    assert [row.epsilon for row in rows] == [pytest.approx(cost, rel=0.2) for cost in (once, once, again, again)]
+    assert rows[0].epsilon == rows[1].epsilon < rows[2].epsilon == rows[3].epsilon
 
 
 def test_nothing_is_released_on_a_ledger_that_is_not_whole(registry: Registry) -> None:

@@ -152,3 +152,55 @@ def test_ranks_are_drawn_for_all_clients_of_one_strategy() -> None:
 def test_settings_that_contradict_themselves_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         run(change)
+
+
+@pytest.mark.parametrize(
+    ("privacy", "aggregation", "told"),
+    [
+        ({"bands": 5}, {"strategy": "ffa-nested"}, "keep its coordinates"),
+        ({"bands": 5, "ranks": (1, 8)}, FEDIT, "keep its coordinates"),
+        ({"bands": 5, "sample_rate": 0.5}, FEDIT, "two ways"),
+        ({"bands": 5, "adaptive_clip": {}}, FEDIT, "no bound can adapt"),
+    ],
+)
+def test_bands_go_with_sums_that_keep_their_coordinates(
+    privacy: dict[str, Any], aggregation: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(ConfigError, match=told):
+        plan_of(run({"sample_rate": 1.0, **privacy}, aggregation=aggregation))
+
+
+def test_bands_cost_what_their_participations_do_and_count_on_no_sampling() -> None:
+    plan = plan_of(run({"bands": 5, "sample_rate": 1.0, "accountant": "prv"}))
+    assert (plan.sampler, plan.amplified, plan.divisor) == ("min-separation", False, 2000.0)
+    assert 0.98 * 4.0 < plan.epsilon_after(50) <= 4.0
+    assert plan.epsilon_after(50) == plan.epsilon_after(1) == plan.epsilon_without_sampling
+    spared = plan_of(run({"bands": 5, "sample_rate": 1.0, "spare_rounds": 1, "accountant": "prv"}))
+    assert spared.noise_multiplier > plan.noise_multiplier
+    assert spared.epsilon_after(51) > spared.epsilon_after(50)
+
+
+EXAMPLE = {
+    "unit": "example", "population": "wards", "epsilon": 4.0, "delta": 1e-5, "sample_rate": 0.02, "accountant": "rdp",
+}  # fmt: skip
+
+
+def of_examples(privacy: dict[str, Any] | None = None, **sections: object) -> RunSettings:
+    facts = {"name": "wards", "rounds": 10, "training": {"max_steps": 5}, "privacy": EXAMPLE | (privacy or {})}
+    return RunSettings.model_validate(facts | sections)
+
+
+def test_a_plan_for_examples_pays_for_every_step_and_allows_any_aggregation() -> None:
+    plan = plan_of(of_examples())
+    assert (plan.unit, plan.mechanism, plan.releases_per_round, plan.population_size) == ("example", "dp-sgd", 5, None)
+    assert plan.event(10).count == 50
+    assert 0.98 * 4.0 < plan.epsilon_after(10) <= 4.0
+    for strategy in ("flora", "flora-bounded", "flexlora", "hetlora"):
+        assert plan_of(of_examples(aggregation={"strategy": strategy})).noise_multiplier == plan.noise_multiplier
+
+
+def test_a_plan_for_examples_needs_a_public_number_of_steps() -> None:
+    with pytest.raises(ConfigError, match="max_steps"):
+        plan_of(of_examples(training={"local_epochs": 2}))
+    with pytest.raises(ConfigError, match="self_pruning"):
+        plan_of(of_examples(aggregation={"strategy": "hetlora", "self_pruning": {}}))
