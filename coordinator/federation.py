@@ -7,6 +7,7 @@ import httpx
 from flwr.serverapp import Grid
 
 from pomona.coordinator.beginning import begin_run
+from pomona.coordinator.example_loop import ExampleLoop
 from pomona.coordinator.private_loop import PrivateLoop
 from pomona.coordinator.replies import server_gone
 from pomona.coordinator.round_loop import RoundLoop, cuts_off
@@ -15,6 +16,16 @@ from pomona.storage.records import Version
 from pomona.storage.registry import Registry
 
 _log = logging.getLogger(__name__)
+
+
+def _loop_of(settings: RunSettings) -> type[RoundLoop]:
+    match settings.privacy and settings.privacy.unit:
+        case "client":
+            return PrivateLoop
+        case "example":
+            return ExampleLoop
+        case _:
+            return RoundLoop
 
 
 def run_federation(
@@ -50,8 +61,7 @@ def run_federation(
     """
     invitation = begin_run(registry, settings, run_id=run_id)
     try:
-        central = settings.privacy is not None and settings.privacy.unit == "client"
-        loop = (PrivateLoop if central else RoundLoop)(grid, settings, registry, invitation, make_sure, lasting=lasting)
+        loop = _loop_of(settings)(grid, settings, registry, invitation, make_sure, lasting=lasting)
         versions = loop.run()
     except BaseException as error:
         if cuts_off(error):

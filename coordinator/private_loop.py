@@ -162,7 +162,7 @@ class PrivateLoop(RoundLoop):
         recipe = {**new.recipe, "privacy": {**told, "plan": self._plan.model_dump(mode="json")}}
         metrics = self._metrics(weights, energy)
         seconds = self._settings.cohort.round_deadline_s
-        return self._registry.publish_round(replace(new, recipe=recipe, metrics=metrics, seconds=seconds))
+        return self._commit(replace(new, recipe=recipe, metrics=metrics, seconds=seconds))
 
 
 def _facts(metadata: Mapping[str, object]) -> dict[str, str | float]:

@@ -244,7 +244,7 @@ class RoundLoop:
     def _publish(self, number: int, aggregate: Aggregate) -> Version:
         made = aggregate.combined
         energy = list(made.retained_energy.values()) or [1.0]
-        return self._registry.publish_round(
+        return self._commit(
             replace(
                 self._new_version(number, made.weights, self._encoded(number, made.weights), energy),
                 exactness=_exactness(self._settings, min(energy)),
@@ -257,6 +257,9 @@ class RoundLoop:
                 seconds=aggregate.seconds,
             )
         )
+
+    def _commit(self, new: NewVersion) -> Version:
+        return self._registry.publish_round(new)
 
     def _encoded(self, number: int, weights: AdapterWeights, **facts: object) -> bytes:
         """Return the payload of a round's version.

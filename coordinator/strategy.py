@@ -28,7 +28,7 @@ from pomona.errors import NotEnoughClients, PayloadError, RegistryError, UpdateR
 from pomona.logs import bind
 from pomona.manifest import AdapterManifest
 from pomona.messages import pack, tensors, unpack
-from pomona.protocol import Invitation, Refusal, TrainRequest
+from pomona.protocol import ExamplePrivacy, Invitation, Refusal, TrainRequest
 from pomona.settings import RunSettings
 from pomona.storage.records import NewSubmission, Submission, SubmissionStatus
 from pomona.storage.registry import Registry
@@ -89,6 +89,7 @@ class LoraStrategy(Strategy):
     Attributes:
         weights: The global adapter.
         parent: Its reference in the registry, ``""`` before the first round.
+        example_privacy: How clients hide their examples; None: they do not.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class LoraStrategy(Strategy):
         self._registry, self._roster = registry, roster
         self.weights = weights
         self.parent = ""
+        self.example_privacy: ExamplePrivacy | None = None
         self._no_heads = {name: torch.zeros_like(head) for name, head in weights.heads.items()}
         self._round = _Round(0, (), 0.0)
         self._method = Method(settings, manifest)
@@ -326,6 +328,7 @@ class LoraStrategy(Strategy):
             draws_a=assignment.draws_a,
             tail_from=assignment.tail_from,
             tail_penalty=assignment.tail_penalty,
+            example_privacy=self.example_privacy,
         )
         payload = encode_weights(
             AdapterWeights(layers=assignment.layers, heads=self.weights.heads),
@@ -350,13 +353,15 @@ class LoraStrategy(Strategy):
         return Trained(decode_update(payload, known=work.known, known_factor=work.known_factor), work)
 
     def _payload(self, client: str, reply: Reply) -> bytes:
+        private = self._invitation.private  # what a client says in words may quote its data
         if isinstance(reply, PayloadError):
-            raise UpdateRejected(client, str(reply))
+            raise UpdateRejected(client, "its reply cannot be read" if private else str(reply))
         if reply.has_error():
-            raise UpdateRejected(client, f"no answer (Flower error {reply.error.code}): {reply.error.reason}"[:500])
+            reason = "" if private else f": {reply.error.reason}"
+            raise UpdateRejected(client, f"no answer (Flower error {reply.error.code}){reason}"[:500])
         kind, json, payload = unpack(reply)
         if kind == "refusal":
-            raise UpdateRejected(client, _refused(client, json))
+            raise UpdateRejected(client, "it refused; its own log says why" if private else _refused(client, json))
         if not payload:
             raise UpdateRejected(client, "expected an update, got an answer without a payload")
         return payload

@@ -1,0 +1,85 @@
+"""The rounds of a run under example-level privacy: clients noise their own training, and the coordinator pays for it.
+
+What a client sends hides each of its examples already, so any aggregation of it is post-processing, and updates are
+recorded as in any run. The population's ledger pays for a round before anybody is asked, as many releases as a client
+takes steps. Clients that were asked again, because a process died before their answers came, have released twice: that
+is another attempt, and is paid again. A round that was frozen asks nobody any more, and costs nothing more.
+
+Examples of different clients are different people, so clients compose in parallel: what the ledger has is the most that
+any of them has spent (:mod:`pomona.privacy.example_level`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from pomona.adapters import AdapterWeights
+from pomona.coordinator.recovery import unfinished_round
+from pomona.coordinator.round_loop import RoundLoop
+from pomona.coordinator.spending import reserve
+from pomona.coordinator.strategy import LoraStrategy
+from pomona.failpoints import reach
+from pomona.privacy.plan import PrivacyPlan, plan_of
+from pomona.protocol import ExamplePrivacy
+from pomona.storage.records import LedgerEntry, NewVersion, Version
+from pomona.wire import digest
+
+
+class ExampleLoop(RoundLoop):
+    """One run whose clients' examples are hidden, for as long as this process has it."""
+
+    _row: LedgerEntry
+
+    def _make_strategy(self, weights: AdapterWeights) -> LoraStrategy:
+        self._plan: PrivacyPlan = plan_of(self._settings)
+        strategy = super()._make_strategy(weights)
+        strategy.example_privacy = ExamplePrivacy(
+            noise_multiplier=self._plan.noise_multiplier,
+            clip=self._plan.clip,
+            sample_rate=self._plan.sample_rate,
+            steps=self._plan.releases_per_round,
+        )
+        return strategy
+
+    def _try_round(self, number: int) -> Version:
+        self._make_sure()
+        self._row = self._paid(number)
+        reach("release-reserved")
+        return super()._try_round(number)
+
+    def _paid(self, number: int) -> LedgerEntry:
+        """Return the row that pays for a round; attempts whose clients are asked again are burned."""
+        run_id = self._invitation.run_id
+        mine = [
+            row for row in self._registry.ledger(self._plan.population) if (row.run_id, row.round) == (run_id, number)
+        ]
+        tried = [row for row in mine if row.state == "reserved"]
+        begun = unfinished_round(self._registry, run_id, number)
+        if tried and begun is not None and begun.frozen_at is not None:
+            return tried[-1]
+        self._burn(tried, mine)
+        return reserve(self._registry, self._plan, run_id=run_id, round_number=number)
+
+    def _burn(self, tried: Sequence[LedgerEntry], mine: Sequence[LedgerEntry]) -> None:
+        settled = {row.attempt for row in mine if row.state != "reserved"}
+        for row in tried:
+            if row.attempt not in settled:
+                self._registry.settle_release(row, release_sha256=None)
+
+    def _told(self) -> dict[str, object]:
+        return {
+            "population": self._plan.population,
+            "plan_sha256": self._plan.sha256,
+            "ledger_seq": self._row.seq,
+            "ledger_sha256": self._row.sha256,
+            "clip": self._plan.clip,
+        }
+
+    def _encoded(self, number: int, weights: AdapterWeights, **facts: object) -> bytes:
+        return super()._encoded(number, weights, **facts, privacy=self._told())
+
+    def _commit(self, new: NewVersion) -> Version:
+        recipe = {**new.recipe, "privacy": {**self._told(), "plan": self._plan.model_dump(mode="json")}}
+        metrics = {name: value for name, value in new.metrics.items() if name != "train_loss"}  # no client tells it
+        self._registry.settle_release(self._row, release_sha256=digest(new.payload))
+        reach("release-settled")
+        return super()._commit(replace(new, recipe=recipe, metrics=metrics))
