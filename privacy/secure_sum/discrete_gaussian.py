@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from pomona.privacy.randomness import SecureRandom
 
 _BITS = 53
+_BLOCK = 1 << 17  # proposals at a time: what they take in memory does not grow with what is asked for
 _MARGIN = 2.0**-47  # some 60 times what rounding can do to an exponent and its exp
 
 _Exact = Callable[[int], Fraction]
@@ -38,11 +39,12 @@ def discrete_gaussian(size: int, *, variance: int, noise: SecureRandom) -> NDArr
     if not 1 <= variance <= 2**52:
         raise ValueError(f"expected a variance from 1 to 2^52, got {variance}")
     scale_bits = ((variance - 1).bit_length() + 1) // 2  # the least t = 2^bits that is at least s
-    taken = np.zeros(0, dtype=np.int64)
-    while taken.size < size:
-        proposed = _discrete_laplace(3 * (size - taken.size) + 16, scale_bits, noise)
-        taken = np.concatenate([taken, proposed[_accepted(proposed, variance, scale_bits, noise)]])
-    return taken[:size]
+    taken, missing = [np.zeros(0, dtype=np.int64)], size
+    while missing:
+        proposed = _discrete_laplace(min(3 * missing + 16, _BLOCK), scale_bits, noise)
+        taken.append(proposed[_accepted(proposed, variance, scale_bits, noise)][:missing])
+        missing -= taken[-1].size
+    return np.concatenate(taken)
 
 
 def _accepted(proposed: NDArray[np.int64], variance: int, scale_bits: int, noise: SecureRandom) -> NDArray[np.bool_]:

@@ -33,7 +33,7 @@ class SecureSumServer:
     burnt, nothing of it is released, and it still counts as spent.
 
     It holds public keys, sealed shares, one running sum, and the shares that survivors reveal; of a vector nothing but
-    what it added to that sum. Memory is that of two vectors, whatever the number of clients.
+    what it added to that sum. Memory is that of a few vectors, whatever the number of clients.
 
     Args:
         terms: Of the sum.

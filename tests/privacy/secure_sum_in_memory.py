@@ -1,4 +1,4 @@
-"""A whole secure sum in one process: every record goes through its JSON, and clients fall silent where they are told."""
+"""A whole secure sum in one process: each record goes through its JSON, and clients fall silent as they are told."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ class SecureSum:
     terms: Terms
     names: list[str]
     drops: Mapping[str, int] = field(default_factory=dict)
-    noise: Callable[[str], SecureRandom] = lambda _name: SecureRandom()  # noqa: E731 - a default
+    noise: Callable[[str], SecureRandom] = lambda _name: SecureRandom()
 
     def __post_init__(self) -> None:
         self.server = SecureSumServer(self.terms, self.names)
@@ -78,9 +78,9 @@ def again(record: Record) -> Record:
     return type(record).model_validate_json(record.model_dump_json())
 
 
-def terms(clients: int = 4, **changes: object) -> Terms:
-    """Return terms of a small sum, with changes."""
-    majority = clients // 2 + 1
+def terms(clients: object = 4, **changes: object) -> Terms:
+    """Return terms of a small sum, with changes; of four clients three are needed."""
+    majority = clients // 2 + 1 if isinstance(clients, int) else 3
     plain: dict[str, object] = {
         "round_id": "run-1.round-1",
         "clients": clients,

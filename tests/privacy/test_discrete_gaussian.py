@@ -95,7 +95,8 @@ def test_a_coin_that_53_bits_do_not_decide_is_fair_to_the_rest() -> None:
 @pytest.mark.parametrize("size", [0, 1, 17])
 def test_any_size_is_served(size: int) -> None:
     numbers = drawn(9, size)
-    assert (numbers.shape, numbers.dtype) == ((size,), np.int64)
+    assert numbers.shape == (size,)
+    assert numbers.dtype == np.int64
 
 
 def test_streams_of_their_own_give_noise_of_their_own() -> None:

@@ -1,12 +1,14 @@
 """After rounding a client still contributes at most the bound, and what comes back is what went in, to half a step."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.privacy.secure_sum_in_memory import terms
 from torch import Tensor
 
 from pomona.privacy.clipping import clip
@@ -14,7 +16,6 @@ from pomona.privacy.randomness import SecureRandom
 from pomona.privacy.secure_sum.discrete_gaussian import discrete_gaussian
 from pomona.privacy.secure_sum.fixed_point import contribution, restored, rounded
 from pomona.privacy.secure_sum.terms import Terms
-from tests.privacy.secure_sum_in_memory import terms
 
 KEY = bytes(range(32))
 SHAPES = {"lora_B.q": (3, 2), "head.bias": (2,)}
@@ -35,7 +36,7 @@ def coarse(dimensions: int, **changes: object) -> Terms:
 
 def exact_norm_is_within(vector: np.ndarray, made: Terms) -> bool:
     squared = sum(int(number) ** 2 for number in vector)
-    return squared <= (made.clip * 2**made.fraction_bits) ** 2
+    return squared <= (Fraction(made.clip) * (1 << made.fraction_bits)) ** 2
 
 
 @given(st.lists(numbers, min_size=1, max_size=60), st.sampled_from([1.0, 0.7, 3.3]))

@@ -7,11 +7,11 @@ from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from tests.privacy.secure_sum_in_memory import terms
 
 from pomona.errors import PayloadError
 from pomona.privacy.secure_sum import keys, masking
 from pomona.privacy.secure_sum.terms import Terms
-from tests.privacy.secure_sum_in_memory import terms
 
 KEY = bytes(range(32))
 WIDTHS = {32: 16, 64: 24}  # bits of the words, and a grid that takes them
@@ -64,9 +64,7 @@ def test_what_pairs_share_cancels_in_the_sum(bits: int, clients: list[str]) -> N
             (
                 peer,
                 masking.expanded(
-                    keys.mask_key(
-                        private[name], keys.public_key(private[peer]), round_id="r", between=(name, peer)
-                    ),
+                    keys.mask_key(private[name], keys.public_key(private[peer]), round_id="r", between=(name, peer)),
                     made,
                 ),
             )

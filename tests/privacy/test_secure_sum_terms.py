@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from tests.privacy.secure_sum_in_memory import again, terms
 
 from pomona.errors import ConfigError
 from pomona.privacy.accounting import Event, epsilon
 from pomona.privacy.secure_sum.terms import Terms, effective_noise_multiplier
-from tests.privacy.secure_sum_in_memory import again, terms
 
 
 @st.composite
