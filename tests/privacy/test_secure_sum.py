@@ -435,19 +435,26 @@ def test_the_server_refuses_unmaskings() -> None:
         ours.server.add_unmasking(FOUR[0], answer)
 
 
+GARBLED: dict[str, Callable[[Unmasking, str], str]] = {
+    "of somebody else": lambda answer, _: answer.seed_shares[1].share,
+    "random": lambda _answer, _: "01" + "5a" * 65,
+    # of holders 1, 2 and 3 the first has weight 3 at 0: what they combine to is the next secret, and looks like one
+    "shifted": lambda _, share: f"{(int(share, 16) + pow(3, -1, 2**521 - 1)) % (2**521 - 1):0132x}",
+}
+
+
 @pytest.mark.parametrize("secret", ["seed_shares", "key_shares"])
-@pytest.mark.parametrize("garbled", ["of somebody else", "random"])
-def test_shares_that_do_not_combine_burn_the_round(secret: str, garbled: str) -> None:
+@pytest.mark.parametrize("kind", GARBLED)
+def test_shares_that_do_not_combine_burn_the_round(secret: str, kind: str) -> None:
     """Else the sum would be noise over all its range, and nobody would know."""
     ours = until_unmasking({FOUR[3]: 2})
     request = ours.server.unmask_request()
     for name in FOUR[:3]:
         answer = ours.clients[name].unmask(request)
         if name == FOUR[0]:
-            shares = getattr(answer, secret)
-            value = answer.seed_shares[1].share if garbled == "of somebody else" else "01" + "5a" * 65
-            wrong = shares[0].model_copy(update={"share": value})
-            answer = answer.model_copy(update={secret: (wrong, *shares[1:])})
+            first, *others = getattr(answer, secret)
+            wrong = first.model_copy(update={"share": GARBLED[kind](answer, first.share)})
+            answer = answer.model_copy(update={secret: (wrong, *others)})
         ours.server.add_unmasking(name, answer)
     with pytest.raises(PayloadError, match=r"do not combine to .*; the round is burnt"):
         ours.server.total()
