@@ -10,9 +10,9 @@ from tests.coordinator.test_spending import plan
 from typer.testing import CliRunner
 
 from pomona.cli import app
+from pomona.coordinator.certificate import certify
 from pomona.coordinator.spending import reserve, whole_ledger, witness_folder
 from pomona.errors import ConfigError, RegistryDamaged
-from pomona.privacy.certificate import certify
 from pomona.privacy.plan import PrivacyPlan
 from pomona.storage import ledger_witness
 from pomona.storage.backup import restore_backup, write_backup

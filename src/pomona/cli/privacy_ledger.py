@@ -10,7 +10,7 @@ from pomona.cli.registry import opened
 from pomona.errors import ConfigError
 
 if TYPE_CHECKING:
-    from pomona.privacy.certificate import Certificate
+    from pomona.coordinator.certificate import Certificate
     from pomona.storage.records import LedgerEntry
 
 Population = Annotated[str, typer.Argument(metavar="POPULATION", help="Whose ledger; all, if none is named.")]
@@ -45,8 +45,8 @@ def certificate(
 ) -> None:
     """Show what is promised about a version, computed again from the ledger."""
     with opened(home, as_json=as_json) as registry:
+        from pomona.coordinator.certificate import certify, population_of  # noqa: PLC0415
         from pomona.coordinator.spending import whole_ledger  # noqa: PLC0415
-        from pomona.privacy.certificate import certify, population_of  # noqa: PLC0415
 
         version = registry.resolve(ref)
         told = certify(version, whole_ledger(registry, population_of(version)))
