@@ -73,6 +73,16 @@ def _cohort(settings: RunSettings) -> str:
     )
 
 
+def _size(settings: RunSettings) -> str:
+    wanted = settings.privacy
+    if wanted is None or wanted.population_size is None or settings.cohort.min_clients <= wanted.population_size:
+        return ""
+    return (
+        f"the run waits for {settings.cohort.min_clients} clients, and the population has room for "
+        f"{wanted.population_size}; raise privacy.population_size"
+    )
+
+
 def _replies(settings: RunSettings) -> str:
     if not _is_central(settings) or settings.cohort.min_replies == 1:
         return ""
@@ -133,5 +143,5 @@ def _is_central(settings: RunSettings) -> bool:
 
 
 RULES: tuple[Rule, ...] = (
-    _local, _stacking, _robust, _rank_of_clients, _pattern, _bands, _cohort, _replies, _steps, _tail,
+    _local, _stacking, _robust, _rank_of_clients, _pattern, _bands, _cohort, _size, _replies, _steps, _tail,
 )  # fmt: skip

@@ -204,3 +204,8 @@ def test_a_plan_for_examples_needs_a_public_number_of_steps() -> None:
         plan_of(of_examples(training={"local_epochs": 2}))
     with pytest.raises(ConfigError, match="self_pruning"):
         plan_of(of_examples(aggregation={"strategy": "hetlora", "self_pruning": {}}))
+
+
+def test_a_run_cannot_wait_for_more_clients_than_its_population_has() -> None:
+    with pytest.raises(ConfigError, match="room for"):
+        plan_of(run({"population_size": 100, "delta": 1e-3}, cohort={"min_clients": 101}))

@@ -79,7 +79,7 @@ def _row(row: "LedgerEntry") -> dict[str, object]:
         "population", "seq", "state", "run_id", "round", "attempt", "epsilon", "delta", "budget", "noise_multiplier",
         "sample_rate", "releases", "library", "plan_sha256", "release_sha256", "sha256",
     )  # fmt: skip
-    return {name: getattr(row, name) for name in names} | {"at": row.at.isoformat()}
+    return {**{name: getattr(row, name) for name in names}, "at": row.at.isoformat()}
 
 
 def _cells(row: "LedgerEntry") -> tuple[str, ...]:
