@@ -3,9 +3,9 @@
 Every message carries one of these records and, where tensors travel, one payload (:mod:`pomona.wire`).
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, model_validator
 
 from pomona.settings import Sha256, TrainingSettings
 
@@ -43,6 +43,8 @@ class Invitation(_Record):
         max_rank: The largest rank that is accepted.
         min_rank: The smallest: what all clients train, where a strategy needs equal ranks.
         training: What a round takes, for clients that choose their rank by it.
+        private: The run promises privacy, of whatever unit: a client states neither how many examples it has (it
+            says 1) nor its training loss (it says 0).
     """
 
     run_id: RunId
@@ -56,6 +58,25 @@ class Invitation(_Record):
     max_rank: Rank
     min_rank: Rank = 1
     training: TrainingSettings = TrainingSettings()
+    private: bool = False
+
+
+class ExamplePrivacy(_Record):
+    """How a client trains so that none of its examples can be told from what it sends.
+
+    The same for all clients of a round, and public.
+
+    Attributes:
+        noise_multiplier: ``sigma``: standard deviation of the noise on a step's sum of gradients, over ``clip``.
+        clip: Bound on the norm of one example's gradient, over all trained parameters.
+        sample_rate: Probability with which each example is in a step.
+        steps: Optimiser steps of the round, whatever the number of examples.
+    """
+
+    noise_multiplier: PositiveFloat
+    clip: PositiveFloat
+    sample_rate: Annotated[float, Field(gt=0, le=1)]
+    steps: Annotated[int, Field(ge=1, le=2**31)]
 
 
 class TrainRequest(_Record):
@@ -75,6 +96,7 @@ class TrainRequest(_Record):
         draws_a: The payload has no A; that of the leading components is drawn from ``adapter_seed``.
         tail_from: The first component of the tail, whose norms the loss penalises.
         tail_penalty: Weight of that penalty; 0: none.
+        example_privacy: Train with example-level differential privacy, in an invitation that is private; None: without.
     """
 
     invitation: Invitation
@@ -90,6 +112,16 @@ class TrainRequest(_Record):
     draws_a: bool = False
     tail_from: Annotated[int, Field(ge=0, le=4096)] = 0
     tail_penalty: NonNegativeFloat = 0.0
+    example_privacy: ExamplePrivacy | None = None
+
+    @model_validator(mode="after")
+    def _counts_and_losses_stay(self) -> Self:
+        if self.example_privacy is not None and not self.invitation.private:
+            raise ValueError(
+                "expected an invitation with private=true beside example_privacy, got private=false: the number of "
+                "examples and the loss would be sent without noise"
+            )
+        return self
 
 
 class Enrolled(_Record):
