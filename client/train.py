@@ -11,7 +11,7 @@ from pomona.adapters import AdapterWeights
 from pomona.batches import Encoded, batches
 from pomona.errors import ConfigError
 from pomona.lora_model import AdaptedModel
-from pomona.protocol import Initial, Trains
+from pomona.protocol import ExamplePrivacy, Initial, Trains
 from pomona.settings import TrainingSettings
 
 
@@ -21,7 +21,8 @@ class Trained:
 
     Attributes:
         weights: The fresh adapter's factors, unscaled, and the heads.
-        loss: Mean training loss over the steps.
+        loss: Mean training loss over the steps; with example-level privacy over the examples that were drawn, NaN if
+            none was. It carries no noise then, and must not leave the client.
         steps: Optimiser steps taken.
     """
 
@@ -43,10 +44,13 @@ def train_locally(
     trains: Trains = "both",
     initial: Initial = "uniform",
     tail: tuple[int, float] = (0, 0.0),
+    example_privacy: ExamplePrivacy | None = None,
 ) -> Trained:
     """Train an adapter over the frozen global one, or over a part of it from the rest.
 
-    The same arguments give the same bytes on the same machine.
+    The same arguments give the same bytes on the same machine, but not with example-level privacy: examples and noise
+    are then drawn from a source that nobody can foresee, and ``local_epochs``, ``max_steps`` and ``batch_seed`` mean
+    nothing.
 
     Args:
         model: The base model; left with the trained adapters attached.
@@ -61,11 +65,18 @@ def train_locally(
         initial: How fresh rows of A are drawn.
         tail: First component of the trainable adapter's tail, and weight of its norms in the loss
             (HetLoRA's self-pruning).
+        example_privacy: Train so that no example can be told from the weights; ``training.batch_size`` is the divisor.
 
     Raises:
         PayloadError: The global adapter does not fit the model.
-        ConfigError: The loss became NaN or infinite.
+        ConfigError: The loss, or with example-level privacy a weight, became NaN or infinite; or the model, or a tail,
+            cannot be trained with it.
     """
+    if example_privacy is not None and tail[1]:
+        raise ConfigError(
+            "aggregation.self_pruning adds a penalty to the loss that belongs to no example, so no bound on an "
+            "example covers it; leave it out with privacy.unit='example'"
+        )
     model.attach(
         start,
         rank=rank,
@@ -86,6 +97,8 @@ def train_locally(
         weight_decay=training.weight_decay,
         fused=True,
     )
+    if example_privacy is not None:
+        return _train_privately(model, data, optimizer, privacy=example_privacy, batch_size=training.batch_size)
     generator = np.random.default_rng(batch_seed)
     epochs = (batches(data, batch_size=training.batch_size, generator=generator) for _ in range(training.local_epochs))
     losses: list[float] = []
@@ -101,3 +114,19 @@ def train_locally(
     if not math.isfinite(mean):
         raise ConfigError(f"training diverged, its mean loss is {mean}; lower the learning rates of the run")
     return Trained(weights=model.local_weights(), loss=mean, steps=len(losses))
+
+
+def _train_privately(
+    model: AdaptedModel, data: Encoded, optimizer: torch.optim.Optimizer, *, privacy: ExamplePrivacy, batch_size: int
+) -> Trained:
+    # opacus takes a second and 30 MB, which a run without privacy need not pay
+    from pomona.privacy.example_level import train_steps  # noqa: PLC0415
+    from pomona.privacy.randomness import SecureRandom  # noqa: PLC0415
+
+    sampler, noise = SecureRandom(), SecureRandom()
+    losses = train_steps(model, data, optimizer, privacy=privacy, batch_size=batch_size, sampler=sampler, noise=noise)
+    # of the weights, not of the loss: they carry noise, so what is said of them tells nothing more
+    if not all(bool(parameter.isfinite().all()) for group in model.parameters() for parameter in group):
+        raise ConfigError("training diverged, its weights are not finite; lower the learning rates of the run")
+    mean = float(np.mean(losses)) if losses else math.nan
+    return Trained(weights=model.local_weights(), loss=mean, steps=privacy.steps)

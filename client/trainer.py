@@ -127,7 +127,7 @@ class Trainer:
         model, data = self._prepare(request.invitation)
         if request.rank > (largest := self._largest_rank(request.invitation)):
             raise ConfigError(f"asked to train rank {request.rank}, this client takes at most {largest}")
-        run_id, number = request.invitation.run_id, request.round_number
+        run_id, number, private = request.invitation.run_id, request.round_number, request.invitation.private
         trained = train_locally(
             model,
             data,
@@ -140,6 +140,7 @@ class Trainer:
             trains=request.trains,
             initial=request.initial,
             tail=(request.tail_from, request.tail_penalty),
+            example_privacy=request.example_privacy,
         )
         update = AdapterUpdate(
             client=self._profile.name,
@@ -150,10 +151,10 @@ class Trainer:
             rank=request.rank,
             alpha=request.training.alpha_of(request.rank),
             rslora=request.training.rslora,
-            num_examples=1 if request.invitation.private else len(data),
+            num_examples=1 if private else len(data),
             nonce=secrets.token_hex(16),
             weights=trained.weights,
-            train_loss=0.0 if request.invitation.private else trained.loss,
+            train_loss=0.0 if private else trained.loss,
         )
         _log.info("%s: round %d, %d steps, training loss %.3f", update.client, number, trained.steps, trained.loss)
         untrained: Factor | None = {"both": None, "a": "b", "b": "a"}[request.trains]
@@ -169,6 +170,11 @@ class Trainer:
         """Return the client's rank; measured once per run where it is not given."""
         if self._profile.rank is not None:
             return self._profile.rank
+        if invitation.private and self._profile.budget.round_s is not None:
+            raise ConfigError(
+                "this run is private, and a rank that fits the time of a round would tell how many examples are here; "
+                "join without --round-s, or give --rank"
+            )
         if self._measured is None or self._measured[0] != invitation:
             choice = choose_rank(
                 model,

@@ -9,6 +9,9 @@ The two adapters are stacked, ``A_c = [A; A_f]`` and ``B_c = [s B, B_f]``, so th
 is one product of ``rank + frozen rank`` columns instead of two; only ``x`` and the thin ``x A^T`` are kept for the
 backward pass. Neither ``W`` nor a merged copy of it is written.
 
+Differential privacy of examples needs the gradient of each example instead of their sum. It comes from the same two
+products, taken example by example, where each example is given factors of its own, all equal.
+
 Shapes: ``M`` rows of ``x``, ``K`` inputs, ``N`` outputs, ``r`` trainable and ``f`` frozen rank.
 """
 
@@ -45,7 +48,9 @@ def lora_linear(
         x: Inputs ``(..., K)``.
         weight: Frozen weight ``(N, K)``; gets no gradient.
         bias: Frozen bias ``(N,)``, or None.
-        trainable: ``A (r, K)``, ``B (N, r)`` and the scale ``s``; factors that require gradients get them.
+        trainable: ``A (r, K)``, ``B (N, r)`` and the scale ``s``; factors that require gradients get them. A factor
+            may be an expanded view with one copy for each example, ``(examples, r, K)`` or ``(examples, N, r)``, where
+            the examples are the first dimension of ``x``; its gradient is that of each example by itself.
         frozen: ``A_f (f, K)`` and ``B_f (N, f)`` with their scale folded in, or None.
 
     Returns:
@@ -69,6 +74,8 @@ class _LoraLinear(torch.autograd.Function):
         frozen_a: Tensor | None,
         frozen_b: Tensor | None,
     ) -> Tensor:
+        ctx.examples = [len(factor) if factor.dim() == 3 else None for factor in (a, b)]  # type: ignore[attr-defined]
+        a, b = (factor[0] if factor.dim() == 3 else factor for factor in (a, b))
         rows = x.reshape(-1, x.shape[-1])
         a_all = a if frozen_a is None else torch.cat([a, frozen_a])
         b_all = b * scale if frozen_b is None else torch.cat([b * scale, frozen_b], dim=1)
@@ -87,6 +94,13 @@ class _LoraLinear(torch.autograd.Function):
         dx = None
         if ctx.needs_input_grad[0]:
             dx = (dy @ weight).addmm_(d_hidden, a_all).view(ctx.shape)
-        da = d_hidden[:, :rank].T @ rows if ctx.needs_input_grad[3] else None
-        db = (dy.T @ hidden).mul_(ctx.scale) if ctx.needs_input_grad[4] else None
+        da = _product(d_hidden[:, :rank], rows, ctx.examples[0]) if ctx.needs_input_grad[3] else None
+        db = _product(dy, hidden, ctx.examples[1]).mul_(ctx.scale) if ctx.needs_input_grad[4] else None
         return dx, None, None, da, db, None, None, None
+
+
+def _product(left: Tensor, right: Tensor, examples: int | None) -> Tensor:
+    """Return ``left^T right``, or that of each example's rows by themselves."""
+    if examples is None:
+        return left.T @ right
+    return left.reshape(examples, -1, left.shape[1]).mT @ right.reshape(examples, -1, right.shape[1])

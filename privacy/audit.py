@@ -72,7 +72,7 @@ def audit(
     released = release(updates)
     scores = sum(released[f"t{number}"].to(torch.float64).numpy() for number in range(tensors)) / math.sqrt(tensors)
     assert isinstance(scores, np.ndarray)
-    return _judged(scores[present], scores[~present], noise_multiplier=noise_multiplier, delta=delta)
+    return judged(scores[present], scores[~present], noise_multiplier=noise_multiplier, delta=delta)
 
 
 def _canary(place: int, canaries: int, tensors: int) -> dict[str, Tensor]:
@@ -83,7 +83,8 @@ def _canary(place: int, canaries: int, tensors: int) -> dict[str, Tensor]:
     return update
 
 
-def _judged(inside: Scores, outside: Scores, *, noise_multiplier: float, delta: float) -> Audit:
+def judged(inside: Scores, outside: Scores, *, noise_multiplier: float, delta: float) -> Audit:
+    """Judge scores of releases in which a canary took part, and of others in which it did not."""
     deviation = math.sqrt((inside.var(ddof=1) + outside.var(ddof=1)) / 2.0)
     mu = float(inside.mean() - outside.mean()) / deviation
     error = math.sqrt(1.0 / len(inside) + 1.0 / len(outside) + mu**2 / (2.0 * (len(inside) + len(outside))))

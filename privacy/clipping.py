@@ -1,7 +1,7 @@
 """Clipping: one bound for everything a client contributes, all layers, both factors and the head together."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -41,8 +41,7 @@ def clip(tensors: Mapping[str, Tensor], bound: float) -> dict[str, Tensor]:
     Raises:
         ValueError: The bound is not above 0 and finite.
     """
-    if not (bound > 0.0 and math.isfinite(bound)):
-        raise ValueError(f"expected a clipping bound above 0, got {bound}")
+    _check(bound)
     norm = joint_norm(tensors)
     if not math.isfinite(norm):
         return {name: torch.zeros(tensor.shape, dtype=torch.float64) for name, tensor in tensors.items()}
@@ -51,3 +50,34 @@ def clip(tensors: Mapping[str, Tensor], bound: float) -> dict[str, Tensor]:
         return wide
     # divided first: of a huge norm, bound / norm is denormal and has few digits
     return {name: tensor / norm * (bound * _SAFETY) for name, tensor in wide.items()}
+
+
+def clipped_sum(gradients: Sequence[Tensor], bound: float) -> list[Tensor]:
+    """Return ``sum_i g_i min(1, C / ||g_i||)`` over examples; one whose gradient is not finite adds nothing.
+
+    What :func:`clip` does to one client, for a batch of examples at once. The norm of an example is over all tensors.
+
+    Args:
+        gradients: One tensor for each parameter, ``(examples, *shape)``, of a type no wider than float32: of float64,
+            what is beyond 1e150 counts as not finite.
+        bound: ``C``, above 0.
+
+    Returns:
+        One tensor for each parameter, ``shape``, float64. An example more or less moves them by at most ``bound``.
+
+    Raises:
+        ValueError: The bound is not above 0 and finite.
+    """
+    _check(bound)
+    rows = [gradient.flatten(1) for gradient in gradients]
+    norms = torch.stack([torch.linalg.vector_norm(row, dim=1, dtype=torch.float64) for row in rows]).norm(dim=0)
+    if not bool((finite := norms.isfinite()).all()):
+        rows, norms = [row[finite] for row in rows], norms[finite]  # zero times NaN would be NaN
+    factors = (bound * _SAFETY / norms).clamp(max=1.0)
+    sums = [factors @ row.double() for row in rows]
+    return [total.reshape(gradient.shape[1:]) for total, gradient in zip(sums, gradients, strict=True)]
+
+
+def _check(bound: float) -> None:
+    if not (bound > 0.0 and math.isfinite(bound)):
+        raise ValueError(f"expected a clipping bound above 0, got {bound}")

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from pomona import __version__
 from pomona.client import daemon
 from pomona.client.relay import receive, send
-from pomona.protocol import Enrolled, Invitation, Refusal, TrainRequest
+from pomona.protocol import Enrolled, ExamplePrivacy, Invitation, Refusal, TrainRequest
 
 ENROLLED = {"name": "a", "rank": 4, "num_examples": 1, "base_sha256": "0" * 64, "pomona_version": __version__}
 INVITATION = {
@@ -46,6 +46,36 @@ def test_what_a_client_may_not_say(change: dict[str, object]) -> None:
     """A rank of 400 digits once ended the whole run, because no float holds it."""
     with pytest.raises(ValidationError):
         Enrolled.model_validate_json(json.dumps({**ENROLLED, **change}))
+
+
+PRIVACY = {"noise_multiplier": 1.0, "clip": 0.5, "sample_rate": 0.1, "steps": 10}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"noise_multiplier": 0.0},
+        {"clip": -1.0},
+        {"sample_rate": 0.0},
+        {"sample_rate": 1.1},
+        {"steps": 0},
+        {"steps": 1.5},
+        {"more": 1},
+    ],
+)
+def test_what_promises_nothing(change: dict[str, object]) -> None:
+    assert ExamplePrivacy.model_validate_json(json.dumps(PRIVACY)).steps == 10
+    with pytest.raises(ValidationError):
+        ExamplePrivacy.model_validate_json(json.dumps({**PRIVACY, **change}))
+
+
+def test_privacy_of_examples_goes_with_an_invitation_that_is_private() -> None:
+    """The gradients would be noised, the number of examples and the loss sent as they are."""
+    private = {**REQUEST, "invitation": {**INVITATION, "private": True}, "example_privacy": PRIVACY}
+    asked = TrainRequest.model_validate_json(json.dumps(private))
+    assert asked.example_privacy == ExamplePrivacy(noise_multiplier=1.0, clip=0.5, sample_rate=0.1, steps=10)
+    with pytest.raises(ValidationError, match="expected an invitation with private=true"):
+        TrainRequest.model_validate_json(json.dumps({**private, "invitation": INVITATION}))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,9 @@ import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import MethodType
 from typing import Any, Literal
@@ -30,7 +32,7 @@ from transformers.utils import logging as transformers_logging
 from pomona.adapters import AdapterWeights, LoraFactors
 from pomona.base_model import base_model_sha256
 from pomona.batches import Encoded, batches, collate, encode
-from pomona.errors import BaseModelError, DataError, PayloadError
+from pomona.errors import BaseModelError, ConfigError, DataError, PayloadError
 from pomona.kernels.lora_linear import lora_linear
 from pomona.manifest import AdapterManifest
 from pomona.protocol import Initial, Trains
@@ -202,6 +204,47 @@ class AdaptedModel:
         """Return the mean loss of a batch, a scalar with gradient."""
         return self._forward(batch).loss  # type: ignore[no-any-return]
 
+    def example_losses(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return the loss of each example by itself, ``(examples,)`` with gradient.
+
+        It is what :meth:`loss` gives for a batch of that example alone. In a causal language model that is the mean
+        over the example's own tokens, whereas :meth:`loss` weighs an example by its share of the batch's tokens.
+        """
+        labels = batch["labels"].to(self._device)
+        logits = self._forward({key: value for key, value in batch.items() if key != "labels"}).logits
+        if self._task == "causal-lm":
+            logits, labels = logits[:, :-1].mT, labels[:, 1:]
+        losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+        return losses if losses.dim() == 1 else losses.sum(1) / (labels >= 0).sum(1)
+
+    @contextmanager
+    def factors_per_example(self, examples: int) -> Iterator[list[Tensor]]:
+        """Give every example trained factors of its own, equal to the shared ones: their gradients are its own.
+
+        Args:
+            examples: In the batches of this context.
+
+        Yields:
+            Leaves ``(examples, *shape)`` for the trained factors, in the order of :meth:`parameters`.
+
+        Raises:
+            ConfigError: In a forward pass: a layer is called with something else than one entry for each example.
+        """
+        leaves: list[Tensor] = []
+        layers = list(self._lora_layers())
+        for name, layer in layers:
+            own = [
+                factor.detach().expand(examples, *factor.shape).requires_grad_() if factor.requires_grad else factor
+                for factor in _factors(layer, _LOCAL)
+            ]
+            leaves += [factor for factor in own if factor.dim() == 3]
+            layer.forward = partial(_example_forward, layer, name, examples, (own[0], own[1]))  # type: ignore[method-assign]
+        try:
+            yield leaves
+        finally:
+            for _, layer in layers:
+                layer.forward = MethodType(_fused_forward, layer)  # type: ignore[method-assign]
+
     def tail_norm(self, start: int) -> Tensor:
         """Return ``sum_layers ||B[:, k:]|| ||A[k:]||`` of the trainable adapter, a scalar with gradient.
 
@@ -235,6 +278,16 @@ class AdaptedModel:
         """Return the outputs for each example of a classification set in order, ``(examples, classes)``."""
         outputs = [self._forward(collate(data, [i])).logits.float().cpu() for i in range(len(data))]
         return torch.cat(outputs) if outputs else torch.zeros(0)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The class names, in the order of the head's outputs."""
+        return tuple(self._labels)
+
+    @property
+    def network(self) -> nn.Module:
+        """The model as it is called: base, head, and what is attached to it."""
+        return self._model
 
     def encoder(self) -> nn.Module:
         """Return the base model without its heads, with what is attached to it."""
@@ -359,12 +412,29 @@ def _factors(layer: LoraLayer, adapter: str) -> tuple[nn.Parameter, nn.Parameter
 
 
 def _fused_forward(layer: LoraLayer, x: Tensor, *_args: object, **_options: object) -> Tensor:
+    present = [name for name in (_LOCAL, _GLOBAL) if name in layer.lora_A]
+    frozen = _factors(layer, present[1]) if len(present) > 1 else None
+    return _fused(layer, x, _factors(layer, present[0]), float(layer.scaling[present[0]]), frozen)
+
+
+def _example_forward(
+    layer: LoraLayer, name: str, examples: int, own: tuple[Tensor, Tensor], x: Tensor, *_args: object, **_more: object
+) -> Tensor:
+    if x.dim() < 2 or x.shape[0] != examples:
+        raise ConfigError(
+            f"expected one entry for each of {examples} examples in the input of layer {name!r}, got shape "
+            f"{tuple(x.shape)}; leave such a layer out of model.target_modules, or train without example-level privacy"
+        )
+    frozen = _factors(layer, _GLOBAL) if _GLOBAL in layer.lora_A else None
+    return _fused(layer, x, own, float(layer.scaling[_LOCAL]), frozen)
+
+
+def _fused(
+    layer: LoraLayer, x: Tensor, own: tuple[Tensor, Tensor], scale: float, frozen: tuple[Tensor, Tensor] | None
+) -> Tensor:
     base = layer.get_base_layer()
     assert isinstance(base, nn.Linear)
-    present = [name for name in (_LOCAL, _GLOBAL) if name in layer.lora_A]
-    trainable = (*_factors(layer, present[0]), float(layer.scaling[present[0]]))
-    frozen = _factors(layer, present[1]) if len(present) > 1 else None
-    return lora_linear(x, base.weight, base.bias, trainable, frozen)
+    return lora_linear(x, base.weight, base.bias, (*own, scale), frozen)
 
 
 def _check_fits(weights: AdapterWeights, manifest: AdapterManifest) -> None:

@@ -17,12 +17,22 @@ from pomona.aggregation.verify import Enrolment, Expected, verify_update
 from pomona.base_model import base_model_sha256
 from pomona.batches import collate
 from pomona.client import trainer as trainer_module
-from pomona.client.capacity import Choice
+from pomona.client.capacity import Budget, Choice
 from pomona.client.trainer import Profile, Trainer
 from pomona.datasets import Dataset
 from pomona.errors import PayloadError, UpdateRejected
 from pomona.lora_model import AdaptedModel, Task
-from pomona.protocol import ENROL, TELL, TRAIN, Enrolled, Exclusion, Invitation, Refusal, TrainRequest
+from pomona.protocol import (
+    ENROL,
+    TELL,
+    TRAIN,
+    Enrolled,
+    ExamplePrivacy,
+    Exclusion,
+    Invitation,
+    Refusal,
+    TrainRequest,
+)
 from pomona.seeds import seed_of
 from pomona.settings import TrainingSettings
 from pomona.wire import decode_update, decode_weights, encode_weights
@@ -186,6 +196,51 @@ def test_a_rank_that_is_not_given_is_measured_once_a_run(
     assert measured == [16]
     auto.answer(ENROL, invitation.model_copy(update={"run_id": "run-2"}).model_dump_json(), b"")
     assert measured == [16, 16]
+
+
+EXAMPLE_PRIVACY = ExamplePrivacy(noise_multiplier=0.5, clip=0.5, sample_rate=0.3, steps=4)
+
+
+@pytest.mark.parametrize("example_privacy", [None, EXAMPLE_PRIVACY], ids=["of clients", "of examples"])
+def test_in_a_private_run_it_states_neither_its_number_of_examples_nor_its_loss(
+    trainer: Trainer,
+    invitation: Invitation,
+    tiny_bert: Path,
+    caplog: pytest.LogCaptureFixture,
+    example_privacy: ExamplePrivacy | None,
+) -> None:
+    """Both are of the examples, and carry no noise; its own log, on its own machine, may say them."""
+    caplog.set_level("INFO")
+    invited = invitation.model_copy(update={"private": True})
+    enrolled = Enrolled.model_validate_json(trainer.answer(ENROL, invited.model_dump_json(), b"")[1])
+    asked = request(invited).model_copy(update={"example_privacy": example_privacy})
+    update = train(trainer, asked, first_heads(tiny_bert))
+    assert (enrolled.num_examples, update.num_examples, update.train_loss) == (1, 1, 0.0)
+    assert "rank 4 and 32 examples" in caplog.text
+    assert re.search(r"round 1, 4 steps, training loss [1-9]", caplog.text)
+    enrolment = Enrolment(client="anna", rank=4, alpha=8.0, rslora=False, num_examples=1)
+    manifest = AdaptedModel(tiny_bert, task="classification", labels=LABELS).manifest
+    expected = Expected(
+        run_id="run-1",
+        round_number=1,
+        parent="",
+        manifest=manifest,
+        max_update_norm=1e4,
+        max_examples=1,
+        max_rank=16,
+    )
+    verify_update(update, enrolment=enrolment, expected=expected)
+
+
+def test_in_a_private_run_the_rank_is_not_measured_on_the_examples(
+    make_profile: MakeProfile, invitation: Invitation
+) -> None:
+    """What a round takes tells how many examples there are."""
+    invited = invitation.model_copy(update={"private": True}).model_dump_json()
+    auto = Trainer(replace(make_profile(name="anna", count=3), rank=None, budget=Budget(round_s=60.0)))
+    assert "join without --round-s, or give --rank" in refused(auto.answer(ENROL, invited, b""))
+    auto = Trainer(replace(make_profile(name="anna", count=3), rank=None))
+    assert auto.answer(ENROL, invited, b"")[0] == "enrolled"
 
 
 @pytest.mark.parametrize(("trains", "kept"), [("b", "a"), ("a", "b")])

@@ -200,3 +200,25 @@ def test_forward_and_gradients_equal_those_of_pefts_own_layer(*, rslora: bool, b
         strict=True,
     ):
         assert_close(one, other, rtol=1e-11, atol=1e-11)
+
+
+@given(layers().filter(lambda i: i.x.dim() > 1 and len(i.x) > 0), st.sampled_from(["both", "a", "b"]))
+@settings(deadline=None, max_examples=60)
+def test_with_factors_of_its_own_each_example_gets_its_own_gradient(i: Inputs, trains: str) -> None:
+    """What example-level privacy bounds would be something else than what an example adds."""
+    a, b, scale = i.trainable
+    upstream = torch.randn(dense(i).shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    own = [
+        factor.expand(len(i.x), *factor.shape).requires_grad_() if trains in {"both", name} else factor
+        for name, factor in (("a", a), ("b", b))
+    ]
+    leaves = [factor for factor in own if factor.requires_grad]
+    y = lora_linear(i.x, i.weight, i.bias, (own[0], own[1], scale), i.frozen)
+    assert torch.equal(y, lora_linear(i.x, i.weight, i.bias, i.trainable, i.frozen))
+    found = torch.autograd.grad((y * upstream).sum(), leaves)
+    for k, (x, up) in enumerate(zip(i.x, upstream, strict=True)):
+        shared = [factor.clone().requires_grad_(trains in {"both", name}) for name, factor in (("a", a), ("b", b))]
+        alone = Inputs(x, i.weight, i.bias, (shared[0], shared[1], scale), i.frozen)
+        expected = torch.autograd.grad((dense(alone) * up).sum(), [each for each in shared if each.requires_grad])
+        for one, other in zip(found, expected, strict=True):
+            assert_close(one[k], other, rtol=1e-9, atol=1e-9)

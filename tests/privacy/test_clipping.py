@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pomona.privacy.clipping import clip, joint_norm
+from pomona.privacy.clipping import clip, clipped_sum, joint_norm
 
 numbers = st.one_of(
     st.floats(allow_nan=True, allow_infinity=True, width=64),
@@ -89,3 +89,49 @@ def test_a_bound_that_is_none_is_refused(bound: float) -> None:
 def test_nothing_has_norm_zero() -> None:
     assert joint_norm({}) == 0.0
     assert clip({"a": torch.zeros(0)}, 1.0)["a"].shape == (0,)
+
+
+floats = st.one_of(
+    st.floats(allow_nan=True, allow_infinity=True, width=32),
+    st.sampled_from([0.0, 1e-45, 3e38, -3e38, math.inf, math.nan]),
+)
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> dict[str, Tensor]:
+    """Gradients of some examples, ``(examples, *shape)``."""
+    examples = draw(st.integers(1, 4))
+    shapes = {"lora_A.q": (2, 3), "lora_B.q": (3, 2), "head.bias": (1,)}
+    return {
+        name: torch.tensor(draw(st.lists(floats, min_size=(n := math.prod(shape)) * examples, max_size=n * examples)))
+        .to(torch.float32)
+        .reshape(examples, *shape)
+        for name, shape in shapes.items()
+    }
+
+
+@given(batches(), bounds)
+def test_a_sum_over_examples_is_that_of_each_one_clipped(batch: dict[str, Tensor], bound: float) -> None:
+    total = clipped_sum(list(batch.values()), bound)
+    examples = len(batch["head.bias"])
+    each = [clip({name: tensor[i] for name, tensor in batch.items()}, bound) for i in range(examples)]
+    for name, found in zip(batch, total, strict=True):
+        expected = torch.stack([one[name] for one in each]).sum(0)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12 * bound)
+
+
+@given(batches(), bounds)
+def test_one_example_adds_no_more_than_the_bound(batch: dict[str, Tensor], bound: float) -> None:
+    for i in range(len(batch["head.bias"])):
+        alone = clipped_sum([tensor[i : i + 1] for tensor in batch.values()], bound)
+        assert exact_norm(dict(zip(batch, alone, strict=True))) <= bound
+
+
+def test_a_sum_over_examples_that_are_all_bad_is_zero() -> None:
+    (total,) = clipped_sum([torch.full((3, 2), math.nan)], 1.0)
+    assert torch.equal(total, torch.zeros(2, dtype=torch.float64))
+
+
+def test_a_sum_without_a_bound_is_refused() -> None:
+    with pytest.raises(ValueError, match="clipping bound above 0"):
+        clipped_sum([torch.ones(1, 1)], 0.0)
