@@ -20,7 +20,7 @@ from pomona.coordinator.method import Accepted, Method, Trained, Work
 from pomona.lora_model import AdaptedModel
 from pomona.settings import RunSettings
 from pomona.storage.collection import collect_garbage
-from pomona.storage.records import Round, Submission
+from pomona.storage.records import Round, Submission, Version
 from pomona.storage.registry import Registry
 from pomona.storage.verification import verify
 from pomona.wire import decode_update, decode_weights, encode_weights
@@ -214,7 +214,7 @@ def _made_of_what_was_frozen(case: _Case) -> Iterator[str]:
         if each.version is None:
             continue
         ref, sent = each.version.ref, [s for s in case.submissions if s.round_number == each.number]
-        hidden = "privacy" in each.version.recipe  # nothing of a client is written down
+        hidden = _unit(each.version) == "client"  # nothing of a client is written down
         if hidden and (sent or each.cohort or each.frozen_at):
             yield f"{ref} hides its clients, and the registry has {[*each.cohort, *(s.client for s in sent)]}"
         if not hidden and each.frozen_at is None:
@@ -229,6 +229,11 @@ def _made_of_what_was_frozen(case: _Case) -> Iterator[str]:
         ):
             yield f"the weights in {ref} sum to {total}"
         before = ref
+
+
+def _unit(version: Version) -> str:
+    told = version.recipe.get("privacy")
+    return str(told["plan"]["unit"]) if isinstance(told, dict) else ""
 
 
 def _parents(case: _Case) -> dict[str, list[str]]:
