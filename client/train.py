@@ -2,16 +2,18 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pomona.adapters import AdapterWeights
 from pomona.batches import Encoded, batches
 from pomona.errors import ConfigError
 from pomona.lora_model import AdaptedModel
-from pomona.protocol import ExamplePrivacy, Initial, Trains
+from pomona.protocol import ExamplePrivacy, Initial, LocalPrivacy, Trains
 from pomona.settings import TrainingSettings
 
 
@@ -45,6 +47,7 @@ def train_locally(
     initial: Initial = "uniform",
     tail: tuple[int, float] = (0, 0.0),
     example_privacy: ExamplePrivacy | None = None,
+    local_privacy: LocalPrivacy | None = None,
 ) -> Trained:
     """Train an adapter over the frozen global one, or over a part of it from the rest.
 
@@ -66,6 +69,7 @@ def train_locally(
         tail: First component of the trainable adapter's tail, and weight of its norms in the loss
             (HetLoRA's self-pruning).
         example_privacy: Train so that no example can be told from the weights; ``training.batch_size`` is the divisor.
+        local_privacy: Noise the weights in the end, so that hardly anything can be told from them.
 
     Raises:
         PayloadError: The global adapter does not fit the model.
@@ -101,6 +105,7 @@ def train_locally(
         return _train_privately(model, data, optimizer, privacy=example_privacy, batch_size=training.batch_size)
     generator = np.random.default_rng(batch_seed)
     epochs = (batches(data, batch_size=training.batch_size, generator=generator) for _ in range(training.local_epochs))
+    before = [each.detach().clone() for group in model.parameters() for each in group] if local_privacy else []
     losses: list[float] = []
     for batch in itertools.islice(itertools.chain.from_iterable(epochs), training.max_steps or None):
         loss = model.loss(batch)
@@ -111,8 +116,10 @@ def train_locally(
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
     mean = float(np.mean(losses))
-    if not math.isfinite(mean):
+    if not math.isfinite(mean) and local_privacy is None:  # else the refusal would tell of the data
         raise ConfigError(f"training diverged, its mean loss is {mean}; lower the learning rates of the run")
+    if local_privacy is not None:
+        _hide(model, before, local_privacy)
     return Trained(weights=model.local_weights(), loss=mean, steps=len(losses))
 
 
@@ -130,3 +137,11 @@ def _train_privately(
         raise ConfigError("training diverged, its weights are not finite; lower the learning rates of the run")
     mean = float(np.mean(losses)) if losses else math.nan
     return Trained(weights=model.local_weights(), loss=mean, steps=privacy.steps)
+
+
+def _hide(model: AdaptedModel, before: Sequence[Tensor], privacy: LocalPrivacy) -> None:
+    from pomona.privacy.local_noise import hide_move  # noqa: PLC0415 - what it needs a run without privacy need not load
+    from pomona.privacy.randomness import SecureRandom  # noqa: PLC0415
+
+    parameters = [parameter for group in model.parameters() for parameter in group]
+    hide_move(parameters, before, privacy=privacy, noise=SecureRandom())

@@ -141,6 +141,7 @@ class Trainer:
             initial=request.initial,
             tail=(request.tail_from, request.tail_penalty),
             example_privacy=request.example_privacy,
+            local_privacy=request.local_privacy,
         )
         update = AdapterUpdate(
             client=self._profile.name,

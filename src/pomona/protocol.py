@@ -79,6 +79,18 @@ class ExamplePrivacy(_Record):
     steps: Annotated[int, Field(ge=1, le=2**31)]
 
 
+class LocalPrivacy(_Record):
+    """How a client hides all that it has from everybody, the coordinator too.
+
+    Attributes:
+        noise_multiplier: ``sigma``: standard deviation of its noise over ``2 clip``, how far two updates may be apart.
+        clip: Bound on how far all trained parameters together may move in a round.
+    """
+
+    noise_multiplier: PositiveFloat
+    clip: PositiveFloat
+
+
 class TrainRequest(_Record):
     """One round's work for one client; the payload is the global adapter.
 
@@ -97,6 +109,7 @@ class TrainRequest(_Record):
         tail_from: The first component of the tail, whose norms the loss penalises.
         tail_penalty: Weight of that penalty; 0: none.
         example_privacy: Train with example-level differential privacy, in an invitation that is private; None: without.
+        local_privacy: Noise what was trained before it is sent, likewise.
     """
 
     invitation: Invitation
@@ -113,13 +126,14 @@ class TrainRequest(_Record):
     tail_from: Annotated[int, Field(ge=0, le=4096)] = 0
     tail_penalty: NonNegativeFloat = 0.0
     example_privacy: ExamplePrivacy | None = None
+    local_privacy: LocalPrivacy | None = None
 
     @model_validator(mode="after")
     def _counts_and_losses_stay(self) -> Self:
-        if self.example_privacy is not None and not self.invitation.private:
+        if (self.example_privacy or self.local_privacy) and not self.invitation.private:
             raise ValueError(
-                "expected an invitation with private=true beside example_privacy, got private=false: the number of "
-                "examples and the loss would be sent without noise"
+                "expected an invitation with private=true beside example_privacy and local_privacy, got private=false: "
+                "the number of examples and the loss would be sent without noise"
             )
         return self
 
