@@ -21,11 +21,13 @@ class Trained:
 
     Attributes:
         weights: The fresh adapter's factors, unscaled, and the heads.
+        before: The same before the first step.
         loss: Mean training loss over the steps.
         steps: Optimiser steps taken.
     """
 
     weights: AdapterWeights
+    before: AdapterWeights
     loss: float
     steps: int
 
@@ -77,6 +79,7 @@ def train_locally(
         trains=trains,
         initial=initial,
     )
+    before = model.local_weights()
     lora, heads = model.parameters()
     optimizer = torch.optim.AdamW(
         [
@@ -100,4 +103,4 @@ def train_locally(
     mean = float(np.mean(losses))
     if not math.isfinite(mean):
         raise ConfigError(f"training diverged, its mean loss is {mean}; lower the learning rates of the run")
-    return Trained(weights=model.local_weights(), loss=mean, steps=len(losses))
+    return Trained(weights=model.local_weights(), before=before, loss=mean, steps=len(losses))
