@@ -32,7 +32,7 @@ from pomona.privacy.secure_sum.server import SecureSumServer
 from pomona.privacy.secure_sum.terms import Terms
 from pomona.protocol import ADVERTISE, MASK, SHARE, UNMASK, SecureSumPrivacy, TrainRequest
 
-_ENDS = {ADVERTISE: 0.15, SHARE: 0.3, MASK: 0.85, UNMASK: 1.0}  # of the deadline; what one leaves, the next has
+_BEGINS_AND_LASTS = {ADVERTISE: (0.0, 0.15), SHARE: (0.15, 0.15), MASK: (0.3, 0.55), UNMASK: (0.85, 0.15)}
 _TTL_MARGIN_S = 30.0
 _POLL_S = 0.5
 
@@ -119,18 +119,20 @@ class SecureLoop(PrivateLoop):
                 server.add_unmasking(client, Unmasking.model_validate_json(json))
 
     def _answers(self, stage: str, number: int, requests: Requests, began: float) -> Iterator[tuple[str, str, bytes]]:
-        """Ask some clients, and yield their names, records and payloads as they come, until the stage's share of time.
+        """Ask some clients, and yield their names, records and payloads as they come.
 
-        Those that are not connected any more are not asked.
+        A stage has its share of the round's time, and what those before it left. Who is not connected is not asked.
         """
-        left = began + _ENDS[stage] * self._settings.cohort.round_deadline_s - time.monotonic()
+        begins, lasts = _BEGINS_AND_LASTS[stage]
+        deadline_s, elapsed = self._settings.cohort.round_deadline_s, time.monotonic() - began
+        left = lasts * deadline_s + max(0.0, begins * deadline_s - elapsed)
         names = [name for name in requests if name in self._roster.nodes]
         messages = [
             Message(
                 pack("secure-sum", *requests[name]),
                 dst_node_id=self._roster.nodes[name],
                 message_type=stage,
-                ttl=max(0.0, left) + _TTL_MARGIN_S,
+                ttl=left + _TTL_MARGIN_S,
                 group_id=str(number),
             )
             for name in names

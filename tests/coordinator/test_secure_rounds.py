@@ -19,9 +19,9 @@ from pomona.coordinator.federation import run_federation
 from pomona.errors import ConfigError, NotEnoughClients
 from pomona.logs import configure_logs
 from pomona.privacy.plan import plan_of
+from pomona.privacy.randomness import SecureRandom
 from pomona.privacy.secure_sum import client as client_side
 from pomona.privacy.secure_sum import fixed_point
-from pomona.privacy.randomness import SecureRandom
 from pomona.privacy.secure_sum.terms import Terms, effective_noise_multiplier
 from pomona.protocol import ADVERTISE, MASK, SHARE, UNMASK
 from pomona.settings import RunSettings
@@ -35,7 +35,6 @@ RUN = "run-1"
 NOTHING = {"noise_multiplier": 1e-11, "clip": 1e2, "epsilon": 1e30}
 FINE = {"trust": "distributed", "accountant": "rdp", "secure_sum": {"fraction_bits": 34, "least_survivors": 2}}
 MECHANISMS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
-    "dp-lora": ({"strategy": "fedit", "rank": 4, "max_rank": 8}, {}),
     "dp-dylora": ({"strategy": "fedit", "rank": 4, "max_rank": 8}, {"ranks": [1, 4]}),
     "ffa": ({"strategy": "ffa", "rank": 4, "max_rank": 8}, {}),
     "ffa-nested": ({"strategy": "ffa-nested", "max_rank": 8}, {}),
@@ -149,7 +148,7 @@ def central(
         nodes = nodes_of(make_profile, 4)
         if missing:
             nodes[3].trains = lambda _request, _answer: None
-        known[missing] = outcome(home / "central", nodes, make_settings(privacy=NOTHING, clients=4, deadline_s=1.5))
+        known[missing] = outcome(home / "central", nodes, make_settings(privacy=NOTHING, clients=4, deadline_s=3.0))
     return known[missing]
 
 
@@ -183,7 +182,6 @@ FAULTS: dict[str, tuple[Tamper, bool]] = {  # and whether its vector is in the s
     "silent from the third stage": (silent_from(MASK), False),
     "silent in the last stage": (silent_from(UNMASK), True),
     "unreadable keys": (at(ADVERTISE, lambda _stage, _answer: OSError("garbled")), False),
-    "keys that are none": (at(ADVERTISE, lambda _stage, answer: (answer[0], "{}", b"")), False),
     "shares for some": (at(SHARE, without_last("shares")), False),
     "words that were changed": (at(MASK, changed_words), False),
     "too few words": (at(MASK, too_few_words), False),
@@ -201,7 +199,7 @@ def test_who_falls_silent_or_talks_nonsense_harms_only_itself(
     tamper, counts = FAULTS[fault]
     nodes = nodes_of(make_profile, 4)
     nodes[3].sums = tamper
-    found = outcome(tmp_path / "home", nodes, make_settings(privacy=OF_FOUR, clients=4, deadline_s=1.5))
+    found = outcome(tmp_path / "home", nodes, make_settings(privacy=OF_FOUR, clients=4, deadline_s=3.0))
     missing = "" if counts else "client-3"
     assert_same(found, central(without_one, missing, tmp_path, make_settings, make_profile))
 
@@ -247,7 +245,7 @@ def test_a_sum_of_too_few_is_burnt_and_paid_and_the_run_goes_on_as_another_attem
         "noise_multiplier": 4.0,
         "secure_sum": {"least_survivors": 3},
     }
-    settings = make_settings(privacy=privacy, deadline_s=1.5)
+    settings = make_settings(privacy=privacy, deadline_s=3.0)
     nodes = nodes_of(make_profile, 3)
     nodes[2].sums = silent_from(MASK)
     with pytest.raises(NotEnoughClients, match=r"run-1\.1\.1 needs 3 clients, got 2; the round is burnt"):
@@ -257,8 +255,7 @@ def test_a_sum_of_too_few_is_burnt_and_paid_and_the_run_goes_on_as_another_attem
     assert [(row.state, row.round, row.attempt) for row in registry.ledger("toys")] == [
         ("reserved", 1, 1), ("burned", 1, 1),
     ]  # fmt: skip
-    nodes[2].sums = silent_from("query.unmask")
-    registry.resume_run(RUN)
+    nodes[2].sums = silent_from(UNMASK)
     federate(nodes, settings, registry)
     rows = registry.ledger("toys")
     assert [(row.state, row.attempt) for row in rows[2:]] == [("reserved", 2), ("released", 2)]
@@ -330,7 +327,7 @@ def pieces(vector: NDArray[np.int64], terms: Terms) -> set[bytes]:
     """Parts of a vector as any of the types in which it could have been written down."""
     floats = vector * 2.0**-terms.fraction_bits
     forms = [vector.astype(kind) for kind in ("<i8", "<i4")] + [floats.astype(kind) for kind in ("<f8", "<f4")]
-    starts = [at for at in range(0, vector.size - 8, 97) if np.count_nonzero(vector[at : at + 8]) == 8]
+    starts = [at for at in range(vector.size - 8) if np.count_nonzero(vector[at : at + 8]) == 8][::29]
     return {form[at : at + 8].tobytes() for form in forms for at in starts}
 
 
@@ -374,7 +371,6 @@ def test_nothing_that_was_written_or_received_holds_a_contribution(
     assert all(len(each) > 8 for each in planted)
     for content in everything(tmp_path / "home", caplog.text, spy):
         assert not any(piece in content for each in planted for piece in each)
-    assert all(piece in spy.vectors[1].astype("<i4").tobytes() for piece in sorted(planted[1])[:0]) or planted
 
 
 def test_what_a_client_sends_looks_the_same_whatever_it_has(
@@ -399,7 +395,7 @@ def test_the_only_survivor_of_a_round_is_as_hidden_as_any(
     nodes[1].sums = nodes[2].sums = silent_from(MASK)
     privacy = {"trust": "distributed", "accountant": "rdp", "noise_multiplier": 1.0}
     with pytest.raises(NotEnoughClients, match="got 1; the round is burnt"):
-        federate(nodes, make_settings(privacy=privacy, deadline_s=1.5), registry)
+        federate(nodes, make_settings(privacy=privacy, deadline_s=3.0), registry)
     assert [len(spy.received[name]) for name in spy.received] == [3], "nobody was asked to unmask"
     words, vector = spy.words("client-0"), spy.vectors[1]
     assert uniformity(words) > UNLIKELY
