@@ -138,8 +138,8 @@ def _fitted(settings: RunSettings, clients: int) -> RunSettings:
         )
     if settings.privacy is not None and settings.privacy.trust == "distributed":
         raise ConfigError(
-            "privacy.trust='distributed' needs clients that keep secrets between the messages of a round, and simulated "
-            "ones share their workers; simulate trust='central', or run real clients with `pomona server` and `join`"
+            "privacy.trust='distributed' needs clients that keep secrets between a round's messages, and simulated "
+            "ones share their workers; simulate trust='central', or run real clients with `pomona server` and `pomona join`"
         )
     if max(cohort.min_replies, cohort.size or 0) > clients:
         raise ConfigError(

@@ -188,7 +188,7 @@ def _assumptions(plan: PrivacyPlan) -> tuple[str, ...]:
 def _assumptions_of_sums(promised: SecureSumPrivacy) -> tuple[str, ...]:
     colluding = f", and at most {promised.colluding} of them tell it what they know" if promised.colluding else ""
     return (
-        f"the coordinator hands on the keys that clients made{colluding}; it may be curious, and lie about who answered",
-        f"at least {promised.least_survivors} clients are in every sum, and run the published code, which clips and noises",
+        f"the coordinator hands on the keys that clients made{colluding}; it may be curious otherwise",
+        f"at least {promised.least_survivors} clients are in every sum, and run the published code, which adds noise",
         "each person is one client, under one name; that it takes part, and who it is, is not hidden",
     )

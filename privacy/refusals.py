@@ -173,5 +173,6 @@ def _is_central(settings: RunSettings) -> bool:
 
 
 RULES: tuple[Rule, ...] = (
-    _local, _stacking, _robust, _rank_of_clients, _pattern, _trust, _noise_shares, _bands, _cohort, _replies, _steps, _tail,
+    _local, _stacking, _robust, _rank_of_clients, _pattern, _trust, _noise_shares, _bands, _cohort, _replies, _steps,
+    _tail,
 )  # fmt: skip

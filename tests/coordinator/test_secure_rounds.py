@@ -1,4 +1,4 @@
-"""Rounds in which the coordinator sees sums only: what they release, whoever falls silent, and what it comes to know."""
+"""Rounds in which the coordinator sees sums only: what they release, who falls silent, and what it comes to know."""
 
 import hashlib
 import json
@@ -16,8 +16,11 @@ from tests.coordinator.grid import STAGES, Answer, InProcessGrid, Node, Reply, T
 
 from pomona.client.trainer import Profile
 from pomona.coordinator.federation import run_federation
+from pomona.coordinator.simulate import simulate_run
+from pomona.coordinator.spending import check_privacy, whole_ledger
 from pomona.errors import ConfigError, NotEnoughClients
 from pomona.logs import configure_logs
+from pomona.privacy.certificate import certify
 from pomona.privacy.plan import plan_of
 from pomona.privacy.randomness import SecureRandom
 from pomona.privacy.secure_sum import client as client_side
@@ -343,6 +346,10 @@ def everything(home: Path, log: str, spy: Spy) -> Iterator[bytes]:
             yield payload
 
 
+def holds(content: bytes, planted: Sequence[set[bytes]]) -> bool:
+    return any(piece in content for each in planted for piece in each)
+
+
 def uniformity(words: NDArray[np.uint32]) -> float:
     """P-value of the worst half octet of the words, of a chi-square test against fair ones."""
     octets = np.frombuffer(words.tobytes(), dtype=np.uint8).reshape(-1, words.itemsize)
@@ -369,8 +376,9 @@ def test_nothing_that_was_written_or_received_holds_a_contribution(
     planted = [pieces(vector, spy.terms[0]) for vector in spy.vectors]
     assert len(planted) == 12
     assert all(len(each) > 8 for each in planted)
-    for content in everything(tmp_path / "home", caplog.text, spy):
-        assert not any(piece in content for each in planted for piece in each)
+    assert not any(holds(content, planted) for content in everything(tmp_path / "home", caplog.text, spy))
+    for vector in (spy.vectors[0].astype("<i8"), spy.vectors[1].astype("<i4")):
+        assert holds(b"\0" + vector.tobytes(), planted), "or the search finds nothing"
 
 
 def test_what_a_client_sends_looks_the_same_whatever_it_has(
@@ -414,3 +422,35 @@ def test_the_ledger_pays_no_less_than_the_sum_costs(
         assert paid.noise_multiplier <= effective_noise_multiplier(terms) < paid.noise_multiplier * (1 + 1e-4)
     assert len({terms.round_id for terms in spy.terms}) == 1
     assert 7.8 < paid.epsilon <= 8.0
+
+
+def test_what_is_certified_says_what_it_rests_on_and_counts_no_sampling(
+    registry: Registry, make_settings: MakeSettings, make_profile: MakeProfile
+) -> None:
+    settings = make_settings(privacy={"trust": "distributed", "accountant": "rdp", "epsilon": 8.0})
+    federate(nodes_of(make_profile, 3), settings, registry)
+    told = certify(registry.resolve("toy/1"), whole_ledger(registry, "toys"))
+    assert (told.adjacency, told.accountant, told.sample_rate) == ("zero-out-one", "rdp", 1.0)
+    assert told.epsilon == told.epsilon_without_sampling == pytest.approx(plan_of(settings).epsilon_after(1))
+    assert any("at least 2 clients are in every sum" in each for each in told.assumptions)
+    assert not any("trusted" in each for each in told.assumptions)
+
+
+def test_no_account_of_gaussian_noise_counts_what_sums_of_shares_have_cost(
+    registry: Registry, make_settings: MakeSettings, make_profile: MakeProfile
+) -> None:
+    privacy = {"trust": "distributed", "accountant": "rdp", "noise_multiplier": 8.0, "epsilon": 1e6}
+    federate(nodes_of(make_profile, 3), make_settings(privacy=privacy), registry)
+    central = {"noise_multiplier": 8.0, "epsilon": 1e6}
+    with pytest.raises(ConfigError, match="whose noise is not quite Gaussian"):
+        check_privacy(registry, make_settings(privacy={**central, "accountant": "prv"}), run_id="run-2")
+    check_privacy(registry, make_settings(privacy={**central, "accountant": "rdp"}), run_id="run-2")
+
+
+def test_simulated_clients_are_refused_as_they_keep_no_secrets(registry: Registry, make_settings: MakeSettings) -> None:
+    settings = make_settings(privacy={"trust": "distributed", "accountant": "rdp"})
+    simulation = settings.simulation.model_copy(update={"ranks": (4, 8)})
+    settings = settings.model_copy(update={"simulation": simulation})
+    with pytest.raises(ConfigError, match="simulate trust='central'"):
+        simulate_run(registry, settings, clients=3, show=lambda _run: None)
+    assert registry.runs() == []
