@@ -139,7 +139,7 @@ def _fitted(settings: RunSettings, clients: int) -> RunSettings:
     if settings.privacy is not None and settings.privacy.trust == "distributed":
         raise ConfigError(
             "privacy.trust='distributed' needs clients that keep secrets between a round's messages, and simulated "
-            "ones share their workers; simulate trust='central', or run real clients with `pomona server` and `pomona join`"
+            "ones share their workers; simulate trust='central', or run real clients with `pomona join`"
         )
     if max(cohort.min_replies, cohort.size or 0) > clients:
         raise ConfigError(
