@@ -23,6 +23,30 @@ def tell(message: Message, context: Context) -> Message:
     return relay(message, context)
 
 
+@app.query("advertise")
+def advertise(message: Message, context: Context) -> Message:
+    """Relay the first stage of a secure sum."""
+    return relay(message, context)
+
+
+@app.query("share")
+def share(message: Message, context: Context) -> Message:
+    """Relay its second stage."""
+    return relay(message, context)
+
+
+@app.query("mask")
+def mask(message: Message, context: Context) -> Message:
+    """Relay its third stage, which has the round's work."""
+    return relay(message, context)
+
+
+@app.query("unmask")
+def unmask(message: Message, context: Context) -> Message:
+    """Relay its last stage."""
+    return relay(message, context)
+
+
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Relay one round's work."""

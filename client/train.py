@@ -23,12 +23,14 @@ class Trained:
 
     Attributes:
         weights: The fresh adapter's factors, unscaled, and the heads.
+        before: The same before the first step.
         loss: Mean training loss over the steps; with example-level privacy over the examples that were drawn, NaN if
             none was. It carries no noise then, and must not leave the client.
         steps: Optimiser steps taken.
     """
 
     weights: AdapterWeights
+    before: AdapterWeights
     loss: float
     steps: int
 
@@ -92,6 +94,7 @@ def train_locally(
         trains=trains,
         initial=initial,
     )
+    before = model.local_weights()
     lora, heads = model.parameters()
     optimizer = torch.optim.AdamW(
         [
@@ -105,7 +108,7 @@ def train_locally(
         return _train_privately(model, data, optimizer, privacy=example_privacy, batch_size=training.batch_size)
     generator = np.random.default_rng(batch_seed)
     epochs = (batches(data, batch_size=training.batch_size, generator=generator) for _ in range(training.local_epochs))
-    before = [each.detach().clone() for group in model.parameters() for each in group] if local_privacy else []
+    started = [each.detach().clone() for group in model.parameters() for each in group] if local_privacy else []
     losses: list[float] = []
     for batch in itertools.islice(itertools.chain.from_iterable(epochs), training.max_steps or None):
         loss = model.loss(batch)
@@ -119,8 +122,8 @@ def train_locally(
     if not math.isfinite(mean) and local_privacy is None:  # else the refusal would tell of the data
         raise ConfigError(f"training diverged, its mean loss is {mean}; lower the learning rates of the run")
     if local_privacy is not None:
-        _hide(model, before, local_privacy)
-    return Trained(weights=model.local_weights(), loss=mean, steps=len(losses))
+        _hide(model, started, local_privacy)
+    return Trained(weights=model.local_weights(), before=before, loss=mean, steps=len(losses))
 
 
 def _train_privately(
@@ -130,13 +133,14 @@ def _train_privately(
     from pomona.privacy.example_level import train_steps  # noqa: PLC0415
     from pomona.privacy.randomness import SecureRandom  # noqa: PLC0415
 
+    before = model.local_weights()
     sampler, noise = SecureRandom(), SecureRandom()
     losses = train_steps(model, data, optimizer, privacy=privacy, batch_size=batch_size, sampler=sampler, noise=noise)
     # of the weights, not of the loss: they carry noise, so what is said of them tells nothing more
     if not all(bool(parameter.isfinite().all()) for group in model.parameters() for parameter in group):
         raise ConfigError("training diverged, its weights are not finite; lower the learning rates of the run")
     mean = float(np.mean(losses)) if losses else math.nan
-    return Trained(weights=model.local_weights(), loss=mean, steps=privacy.steps)
+    return Trained(weights=model.local_weights(), before=before, loss=mean, steps=privacy.steps)
 
 
 def _hide(model: AdaptedModel, before: Sequence[Tensor], privacy: LocalPrivacy) -> None:

@@ -11,16 +11,19 @@ from dataclasses import dataclass, field
 
 from pydantic import ValidationError
 
-from pomona import __version__
+from pomona import __version__, protocol
 from pomona.adapters import AdapterUpdate, AdapterWeights
 from pomona.base_model import check_base_model, find_base_model, is_packaged
 from pomona.batches import Encoded
 from pomona.client.capacity import Budget, choose_rank
-from pomona.client.train import train_locally
+from pomona.client.secure_rounds import SecureRounds
+from pomona.client.train import Trained, train_locally
 from pomona.datasets import Dataset, check_labels
 from pomona.errors import BaseModelError, ConfigError, PayloadError, PomonaError
 from pomona.logs import bind
 from pomona.lora_model import AdaptedModel
+from pomona.privacy.secure_sum.records import Roster, UnmaskRequest
+from pomona.privacy.secure_sum.requests import MaskRequest, SumRequest
 from pomona.protocol import ENROL, TELL, TRAIN, Enrolled, Exclusion, Invitation, TrainRequest, refusal
 from pomona.seeds import fresh_a, seed_of
 from pomona.wire import Factor, decode_weights, encode_update
@@ -57,18 +60,20 @@ class Trainer:
         self._model: tuple[Invitation, AdaptedModel] | None = None
         self._data: tuple[Invitation, Encoded] | None = None
         self._measured: tuple[Invitation, int] | None = None
+        self._sums = SecureRounds()
 
     def become(self, profile: Profile) -> None:
         """Answer for another client from now on; the model stays, the data go."""
         if profile.name != self._profile.name:
             self._data = self._measured = None
+            self._sums = SecureRounds()
         self._profile = profile
 
     def answer(self, kind: str, json: str, payload: bytes) -> Answer:
         """Answer one request.
 
         Args:
-            kind: Type of message: to enrol, or to train.
+            kind: Type of message: to enrol, to train, or a stage of a secure sum.
             json: The record.
             payload: The global adapter, where one is trained on.
 
@@ -84,12 +89,42 @@ class Trainer:
                 return self._train(request, payload)
             if kind == TELL:
                 return self._told(Exclusion.model_validate_json(json))
-            raise PayloadError(f"expected a request to {ENROL} or {TRAIN}, got {kind!r}")
+            return self._summed(kind, json, payload)
         except ValidationError as error:
             reason = f"the coordinator's request is malformed: {error.errors(include_url=False)[0]['msg']}"
             return self._refuse(reason)
         except PomonaError as error:
             return self._refuse(str(error))
+
+    def _summed(self, kind: str, json: str, payload: bytes) -> Answer:
+        """Answer a stage of a secure sum."""
+        match kind:
+            case protocol.ADVERTISE:
+                request = SumRequest.model_validate_json(json)
+                bind(client=self._profile.name, run_id=request.invitation.run_id, round=request.round_number)
+                model, _ = self._prepare(request.invitation)
+                keys = self._sums.advertise(self._profile.name, request, model.manifest)
+                return "keys", keys.model_dump_json(), b""
+            case protocol.SHARE:
+                return "shares", self._sums.share_keys(Roster.model_validate_json(json)).model_dump_json(), b""
+            case protocol.MASK:
+                return self._mask(MaskRequest.model_validate_json(json), payload)
+            case protocol.UNMASK:
+                return "unmasking", self._sums.unmask(UnmaskRequest.model_validate_json(json)).model_dump_json(), b""
+        raise PayloadError(f"expected a request to {ENROL}, {TRAIN} or take part in a secure sum, got {kind!r}")
+
+    def _mask(self, request: MaskRequest, payload: bytes) -> Answer:
+        """Train, and return what comes of it behind masks; nothing else of it leaves this process."""
+        work = request.train
+        self._sums.check_work(work)
+        model, data = self._prepare(work.invitation)
+        try:
+            trained = self._trained(work, payload, model, data)
+        except ConfigError as error:
+            _log.error("%s: round %d: %s; it counts as no change", self._profile.name, work.round_number, error)
+            trained = None
+        record, words = self._sums.masked_input(request, trained)
+        return "masked", record.model_dump_json(), words
 
     def _refuse(self, reason: str) -> Answer:
         _log.error("%s: %s", self._profile.name, reason)
@@ -125,24 +160,10 @@ class Trainer:
 
     def _train(self, request: TrainRequest, payload: bytes) -> Answer:
         model, data = self._prepare(request.invitation)
-        if request.rank > (largest := self._largest_rank(request.invitation)):
-            raise ConfigError(f"asked to train rank {request.rank}, this client takes at most {largest}")
+        if request.invitation.secure_sum is not None:
+            raise PayloadError("expected the stages of a secure sum, as the run promises, got a request for an update")
+        trained = self._trained(request, payload, model, data)
         run_id, number, private = request.invitation.run_id, request.round_number, request.invitation.private
-        trained = train_locally(
-            model,
-            data,
-            start=_start(request, payload, model),
-            rank=request.rank,
-            training=request.training,
-            adapter_seed=request.adapter_seed,
-            batch_seed=seed_of(request.seed, number, self._profile.name),
-            trainable=request.trainable,
-            trains=request.trains,
-            initial=request.initial,
-            tail=(request.tail_from, request.tail_penalty),
-            example_privacy=request.example_privacy,
-            local_privacy=request.local_privacy,
-        )
         update = AdapterUpdate(
             client=self._profile.name,
             run_id=run_id,
@@ -157,9 +178,30 @@ class Trainer:
             weights=trained.weights,
             train_loss=0.0 if private else trained.loss,
         )
-        _log.info("%s: round %d, %d steps, training loss %.3f", update.client, number, trained.steps, trained.loss)
         untrained: Factor | None = {"both": None, "a": "b", "b": "a"}[request.trains]
         return "update", "{}", encode_update(update, without=untrained)
+
+    def _trained(self, request: TrainRequest, payload: bytes, model: AdaptedModel, data: Encoded) -> Trained:
+        if request.rank > (largest := self._largest_rank(request.invitation)):
+            raise PayloadError(f"asked to train rank {request.rank}, this client takes at most {largest}")
+        name, number = self._profile.name, request.round_number
+        trained = train_locally(
+            model,
+            data,
+            start=_start(request, payload, model),
+            rank=request.rank,
+            training=request.training,
+            adapter_seed=request.adapter_seed,
+            batch_seed=seed_of(request.seed, number, name),
+            trainable=request.trainable,
+            trains=request.trains,
+            initial=request.initial,
+            tail=(request.tail_from, request.tail_penalty),
+            example_privacy=request.example_privacy,
+            local_privacy=request.local_privacy,
+        )
+        _log.info("%s: round %d, %d steps, training loss %.3f", name, number, trained.steps, trained.loss)
+        return trained
 
     def _largest_rank(self, invitation: Invitation) -> int:
         """Return the rank it enrolled with, as far as it knows: one that was measured is forgotten by a restart."""
@@ -197,6 +239,7 @@ class Trainer:
             BaseModelError: The base model is not here, or is another one.
             DataError: The data are malformed or carry a label that the run does not know.
         """
+        self._sums.hold(invitation)
         if self._data is None or self._data[0] != invitation:
             dataset = _checked_data(invitation, self._profile)
             model = self._load_model(invitation)

@@ -61,8 +61,7 @@ def begin_run(registry: Registry, settings: RunSettings, *, run_id: str) -> Invi
         PrivacyBudgetExhausted: Its rounds would cost its population more than its budget.
         DataError: The held-out data, or those that a defence trusts, cannot be used.
     """
-    if settings.privacy is not None:
-        check_privacy(registry, settings, run_id=run_id)
+    plan = check_privacy(registry, settings, run_id=run_id) if settings.privacy is not None else None
     path = find_base_model(settings.model.base)
     if settings.model.sha256:
         check_base_model(path, expected_sha256=settings.model.sha256)
@@ -86,5 +85,6 @@ def begin_run(registry: Registry, settings: RunSettings, *, run_id: str) -> Invi
         max_rank=settings.aggregation.max_rank,
         min_rank=settings.aggregation.rank or 1,
         training=settings.training,
-        private=settings.privacy is not None,
+        private=plan is not None,
+        secure_sum=plan.secure_sum if plan else None,
     )

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pomona.errors import ConfigError, RegistryDamaged
 from pomona.privacy.accounting import Accountant, Event, epsilon
 from pomona.privacy.plan import PrivacyPlan
+from pomona.protocol import SecureSumPrivacy
 from pomona.storage.records import LedgerEntry, Version
 
 
@@ -176,7 +177,18 @@ def _assumptions(plan: PrivacyPlan) -> tuple[str, ...]:
             "which examples a client drew stays on its machine",
             "that a client takes part, and who it is, is not hidden",
         )
+    if plan.secure_sum is not None:
+        return _assumptions_of_sums(plan.secure_sum)
     trusted = "the coordinator, its machine and its network links are trusted: it sees each update before it is summed"
     enrolled = "who is enrolled is public; each person is one client, under one name"
     secret = "nobody but the coordinator learns who was asked in a round"  # noqa: S105 - no password
     return (trusted, enrolled, secret) if plan.amplified else (trusted, enrolled)
+
+
+def _assumptions_of_sums(promised: SecureSumPrivacy) -> tuple[str, ...]:
+    colluding = f", and at most {promised.colluding} of them tell it what they know" if promised.colluding else ""
+    return (
+        f"the coordinator hands on the keys that clients made{colluding}; it may be curious otherwise",
+        f"at least {promised.least_survivors} clients are in every sum, and run the published code, which adds noise",
+        "each person is one client, under one name; that it takes part, and who it is, is not hidden",
+    )

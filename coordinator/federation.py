@@ -11,6 +11,7 @@ from pomona.coordinator.example_loop import ExampleLoop
 from pomona.coordinator.private_loop import PrivateLoop
 from pomona.coordinator.replies import server_gone
 from pomona.coordinator.round_loop import RoundLoop, cuts_off
+from pomona.coordinator.secure_loop import SecureLoop
 from pomona.settings import RunSettings
 from pomona.storage.records import Version
 from pomona.storage.registry import Registry
@@ -21,7 +22,7 @@ _log = logging.getLogger(__name__)
 def _loop_of(settings: RunSettings) -> type[RoundLoop]:
     match settings.privacy and settings.privacy.unit:
         case "client":
-            return PrivateLoop
+            return SecureLoop if settings.privacy and settings.privacy.trust == "distributed" else PrivateLoop
         case "example":
             return ExampleLoop
         case _:

@@ -20,7 +20,7 @@ from flwr.app import ArrayRecord, ConfigRecord
 from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
 from pomona.adapters import AdapterWeights
-from pomona.coordinator.private_strategy import PrivateStrategy
+from pomona.coordinator.private_strategy import PrivateStrategy, Released
 from pomona.coordinator.replies import collect
 from pomona.coordinator.round_loop import RoundLoop
 from pomona.coordinator.spending import reserve
@@ -115,9 +115,7 @@ class PrivateLoop(RoundLoop):
 
     def _noised(self, number: int, reserved: LedgerEntry) -> bytes:
         """Ask a cohort, and return the next adapter's bytes, which hold nothing but noised sums and public facts."""
-        self._sum_up(number, self._chosen(number))
-        reach("release-summed")
-        made = self._strategy.release(fresh=reserved.attempt > 1)
+        made = self._made(number, reserved.attempt)
         facts = {
             "population": self._plan.population,
             "plan_sha256": self._plan.sha256,
@@ -128,6 +126,12 @@ class PrivateLoop(RoundLoop):
             "next_clip": made.next_clip,
         }
         return self._encoded(number, made.weights, privacy=facts)
+
+    def _made(self, number: int, attempt: int) -> Released:
+        """Ask a cohort, and return what comes of it."""
+        self._sum_up(number, self._chosen(number))
+        reach("release-summed")
+        return self._strategy.release(fresh=attempt > 1)
 
     def _chosen(self, number: int) -> list[str]:
         """Return who is asked in a round, of all that are enrolled."""

@@ -1,33 +1,32 @@
-"""What clients contribute under client-level privacy, and what the noised mean of it changes: four mechanisms, one sum.
+"""What clients start from under client-level privacy, and what the noised mean changes: four mechanisms, one sum.
 
-==========  ====================================  ================================================
-mechanism   contribution ``u_i``                  next global adapter, of the noised mean ``u``
-==========  ====================================  ================================================
-dp-lora     ``A_i - A, B_i - B, head_i - head``   ``A + u_A``, ``B + u_B``, ``head + u_head``
-dp-dylora   the same, of the first ``b_t``        likewise; the other components stay
-            components
-ffa         ``B_i - B, head_i - head``            ``B + u_B`` over the ``A`` of the run
-ffa-nested  ``s_i pad(B_i), head_i - head``       ``truncate(G + u_B A_t)``, ``head + u_head``
-==========  ====================================  ================================================
+==========  ================================================
+mechanism   next global adapter, of the noised mean ``u``
+==========  ================================================
+dp-lora     ``A + u_A``, ``B + u_B``, ``head + u_head``
+dp-dylora   likewise; the components beyond ``b_t`` stay
+ffa         ``B + u_B`` over the ``A`` of the run
+ffa-nested  ``truncate(G + u_B A_t)``, ``head + u_head``
+==========  ================================================
 
-With orthonormal rows in ``A_t`` the norm of ``s_i B_i`` is that of the update ``s_i B_i A_t``, so the last clips what
-the client changes. The formulas and papers are in :mod:`pomona.privacy.dylora` and
-:mod:`pomona.aggregation.strategies.ffa_nested`. All that is done with the mean is post-processing.
+What is summed is in :mod:`pomona.privacy.contributions`; the formulas and papers are in :mod:`pomona.privacy.dylora`
+and :mod:`pomona.aggregation.strategies.ffa_nested`. All that is done with the mean is post-processing.
 """
 
 from collections.abc import Mapping
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from pomona.adapters import AdapterWeights, LoraFactors
 from pomona.aggregation.strategies.contract import Assignment, truncated_sum
 from pomona.aggregation.strategies.start import starting_factors
 from pomona.coordinator.method import Method, Trained, Work
-from pomona.manifest import HEAD, LORA_A, LORA_B, AdapterManifest
-from pomona.privacy.dylora import contribution, moved, prefix, rank_of_round
+from pomona.manifest import HEAD, LORA_B, AdapterManifest
+from pomona.privacy import contributions
+from pomona.privacy.dylora import moved, prefix, rank_of_round
 from pomona.privacy.plan import PrivacyPlan
+from pomona.protocol import SumMechanism
 from pomona.settings import RunSettings
 
 
@@ -36,13 +35,19 @@ class PrivateMethod(Method):
 
     def __init__(self, settings: RunSettings, manifest: AdapterManifest, plan: PrivacyPlan) -> None:
         super().__init__(settings, manifest)
+        assert plan.mechanism != "dp-sgd"  # which sums nothing over clients
         self._manifest, self._plan, self._seed = manifest, plan, settings.seed
+        self._mechanism: SumMechanism = plan.mechanism
 
     def rank_of_round(self, round_number: int) -> int | None:
         """Return the rank that all clients train in a round; None: each its own."""
         if self._plan.ranks is not None:
             return rank_of_round(self._plan.ranks, seed=self._seed, round_number=round_number)
         return None if self._plan.mechanism == "ffa-nested" else self.rules.rank
+
+    def widest_rank(self, round_number: int) -> int:
+        """Return the rank of what is summed in a round: the largest that a client may train in it."""
+        return self.rank_of_round(round_number) or self.largest_rank
 
     def begin(self, weights: AdapterWeights) -> AdapterWeights:
         """Return the global adapter that the first round starts from: fresh rows of A, and B = 0.
@@ -73,14 +78,8 @@ class PrivateMethod(Method):
 
     def shapes(self, round_number: int) -> dict[str, tuple[int, ...]]:
         """Return the shapes of a contribution in a round, by payload key."""
-        rank = self.rank_of_round(round_number) or self.largest_rank
-        found: dict[str, tuple[int, ...]] = {f"{HEAD}{name}": shape for name, shape in self._manifest.heads.items()}
-        for name, (out, in_) in self._manifest.layers.items():
-            wide = self.rules.layer_rank(name, rank)
-            found[f"{LORA_B}{name}"] = (out, wide)
-            if self._plan.mechanism in {"dp-lora", "dp-dylora"}:
-                found[f"{LORA_A}{name}"] = (wide, in_)
-        return found
+        training, rank = self.rules.training, self.widest_rank(round_number)
+        return contributions.shapes(self._mechanism, self._manifest, training=training, rank=rank)
 
     def contribution(self, trained: Trained, weights: AdapterWeights, *, round_number: int) -> dict[str, Tensor]:
         """Return what a client contributes before it is clipped, float64, by payload key.
@@ -90,18 +89,9 @@ class PrivateMethod(Method):
             weights: The global adapter that it was asked with.
             round_number: From 1.
         """
-        after = trained.update.weights
-        if self._plan.mechanism == "ffa-nested":
-            shapes = self.shapes(round_number)
-            heads = {
-                f"{HEAD}{name}": head.double() - weights.heads[name].double() for name, head in after.heads.items()
-            }
-            return heads | {
-                f"{LORA_B}{name}": _padded(trained.work.scale * each.b.double(), shapes[f"{LORA_B}{name}"])
-                for name, each in after.layers.items()
-            }
-        moves = contribution(after, AdapterWeights(layers=trained.work.start, heads=weights.heads))
-        return {key: moves[key] for key in self.shapes(round_number)}
+        before, scale = AdapterWeights(layers=trained.work.start, heads=weights.heads), trained.work.scale
+        into = self.shapes(round_number)
+        return contributions.contribution(self._mechanism, trained.update.weights, before, scale=scale, into=into)
 
     def apply(
         self, weights: AdapterWeights, mean: Mapping[str, Tensor], *, round_number: int
@@ -136,9 +126,3 @@ class PrivateMethod(Method):
 
 def _folded(factors: LoraFactors) -> LoraFactors:
     return LoraFactors(a=factors.a.contiguous(), b=(factors.scale * factors.b).contiguous())
-
-
-def _padded(b: Tensor, shape: tuple[int, ...]) -> Tensor:
-    wide = torch.zeros(shape, dtype=torch.float64)
-    wide[:, : b.shape[1]] = b
-    return wide

@@ -4,7 +4,7 @@ No update is recorded, no client is named in a log or told apart in the registry
 long they took is written down: only the noised mean leaves this module.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -81,6 +81,14 @@ class PrivateStrategy(LoraStrategy):
         self._rows: tuple[int, CorrelatedNoise] | None = None  # and the round whose turn it is
         self._open(0)
 
+    def shapes(self, number: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of what a client contributes in a round, by payload key."""
+        return self._method.shapes(number)
+
+    def widest_rank(self, number: int) -> int:
+        """Return the rank of what is summed in a round."""
+        return self._method.widest_rank(number)
+
     def begin(self) -> None:
         """Draw the global adapter that the first round starts from."""
         self.weights = self._method.begin(self.weights)
@@ -114,7 +122,10 @@ class PrivateStrategy(LoraStrategy):
             ValueError: It was released before.
         """
         number = self._round.number
-        mean = self._sum.release(self._correlated(number, fresh=fresh))
+        return self.applied(number, self._sum.release(self._correlated(number, fresh=fresh)))
+
+    def applied(self, number: int, mean: Mapping[str, Tensor]) -> Released:
+        """Return what a round gives whose noised mean is known, by payload key."""
         weights, energy = self._method.apply(self.weights, mean, round_number=number)
         return Released(weights=weights, retained_energy=energy, clip=self.clip, next_clip=self._next_clip())
 

@@ -136,6 +136,11 @@ def _fitted(settings: RunSettings, clients: int) -> RunSettings:
         raise ConfigError(
             f"expected simulation.ranks from {limits.rank or 1} to aggregation.max_rank={limits.max_rank}, got {ranks}"
         )
+    if settings.privacy is not None and settings.privacy.trust == "distributed":
+        raise ConfigError(
+            "privacy.trust='distributed' needs clients that keep secrets between a round's messages, and simulated "
+            "ones share their workers; simulate trust='central', or run real clients with `pomona join`"
+        )
     if max(cohort.min_replies, cohort.size or 0) > clients:
         raise ConfigError(
             f"cohort.size={cohort.size} and cohort.min_replies={cohort.min_replies} can never be met "

@@ -1,12 +1,13 @@
 """Spending a population's privacy: each release is checked against the budget and written down as spent before it."""
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from pomona.errors import ConfigError, PrivacyBudgetExhausted, RegistryDamaged, VersionConflict
+from pomona.errors import AdapterNotFound, ConfigError, PrivacyBudgetExhausted, RegistryDamaged, VersionConflict
 from pomona.privacy.accounting import Event, epsilon
 from pomona.privacy.plan import PrivacyPlan, plan_of
 from pomona.settings import RunSettings
@@ -26,6 +27,7 @@ def check_privacy(registry: Registry, settings: RunSettings, *, run_id: str) -> 
         RegistryDamaged: The ledger is not whole.
     """
     plan = plan_of(settings)
+    _check_account(registry, plan)
     mine = [row for row in registry.ledger(plan.population) if row.run_id == run_id]
     if others := {(row.plan_sha256, row.library) for row in mine} - {(plan.sha256, plan.library)}:
         (sha256, library) = min(others)
@@ -36,6 +38,20 @@ def check_privacy(registry: Registry, settings: RunSettings, *, run_id: str) -> 
     if len({row.round for row in mine if row.state == "released"}) < settings.rounds:
         _check_goes_on(registry, plan, mine) if mine else check_run_fits(registry, plan, rounds=settings.rounds)
     return plan
+
+
+def _check_account(registry: Registry, plan: PrivacyPlan) -> None:
+    """Refuse an account of Gaussian releases for a population some of whose releases were sums of noise shares."""
+    if plan.accountant == "rdp":
+        return
+    for run_id in sorted({row.run_id for row in registry.ledger(plan.population)}):
+        with suppress(AdapterNotFound):
+            began = json.loads(registry.run(run_id).settings_json)
+            if (began.get("privacy") or {}).get("trust") == "distributed":
+                raise ConfigError(
+                    f"run {run_id} on {plan.population} had trust='distributed', whose noise is not quite Gaussian, so "
+                    f"accountant={plan.accountant!r} cannot count it; choose privacy.accountant='rdp'"
+                )
 
 
 def _check_goes_on(registry: Registry, plan: PrivacyPlan, mine: Sequence[LedgerEntry]) -> None:

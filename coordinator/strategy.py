@@ -148,22 +148,14 @@ class LoraStrategy(Strategy):
         """
         del arrays, grid
         cohort = [str(name) for name in config["cohort"]]  # type: ignore[union-attr]
-        self._round = _Round(server_round, cohort, time.monotonic())
-        bind(round=server_round)
-        ranks = {name: self._method.rank_of(name, self._roster.members[name].rank) for name in cohort}
-        by_rank = {
-            rank: self._method.work(self.weights, rank=rank, round_number=server_round)
-            for rank in sorted(set(ranks.values()))
-        }
-        self._round.work = {name: by_rank[rank] for name, rank in ranks.items()}
-        asked = {rank: self._request(work.assignment, server_round) for rank, work in by_rank.items()}
+        asked = self.requests(server_round, cohort)
         answered = self._take_up(server_round)
         to_ask = [] if config.get("frozen") else cohort
         self._round.asked = [name for name in to_ask if name in self._roster.nodes and name not in self._round.accepted]
-        self._round.bytes_down = sum(len(asked[ranks[name]][1]) for name in [*answered, *self._round.asked])
+        self._round.bytes_down = sum(len(asked[name][1]) for name in [*answered, *self._round.asked])
         return [
             Message(
-                pack("train", *asked[ranks[name]]),
+                pack("train", *asked[name]),
                 dst_node_id=self._roster.nodes[name],
                 message_type=MessageType.TRAIN,
                 ttl=self._settings.cohort.round_deadline_s + _TTL_MARGIN_S,
@@ -171,6 +163,19 @@ class LoraStrategy(Strategy):
             )
             for name in self._round.asked
         ]
+
+    def requests(self, number: int, cohort: Sequence[str]) -> dict[str, tuple[str, bytes]]:
+        """Begin a round, and return the work of each client of its cohort: a train request as JSON, and its payload."""
+        self._round = _Round(number, cohort, time.monotonic())
+        bind(round=number)
+        ranks = {name: self._method.rank_of(name, self._roster.members[name].rank) for name in cohort}
+        by_rank = {
+            rank: self._method.work(self.weights, rank=rank, round_number=number)
+            for rank in sorted(set(ranks.values()))
+        }
+        self._round.work = {name: by_rank[rank] for name, rank in ranks.items()}
+        asked = {rank: self._request(work.assignment, number) for rank, work in by_rank.items()}
+        return {name: asked[rank] for name, rank in ranks.items()}
 
     def _take_up(self, number: int) -> list[str]:
         """Count what came before this process began, and return who has answered, once for each answer."""

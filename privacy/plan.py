@@ -17,12 +17,14 @@ from pomona.privacy.accounting import Accountant, Event, epsilon, gaussian_epsil
 from pomona.privacy.adaptive_clip import noise_beside_counting
 from pomona.privacy.matrix_factorization import BandedFactorization, factorize
 from pomona.privacy.refusals import check
+from pomona.privacy.secure_sum.requests import terms_of
 from pomona.privacy_settings import PrivacySettings
+from pomona.protocol import SecureSumPrivacy, SumMechanism
 from pomona.settings import RunSettings
 
-Mechanism = Literal["dp-lora", "dp-dylora", "ffa", "ffa-nested", "dp-sgd"]
+Mechanism = Literal[SumMechanism, "dp-sgd"]
 
-_MECHANISMS: dict[str, Mechanism] = {"fedit": "dp-lora", "ffa": "ffa", "ffa-nested": "ffa-nested"}
+_MECHANISMS: dict[str, SumMechanism] = {"fedit": "dp-lora", "ffa": "ffa", "ffa-nested": "ffa-nested"}
 _COUNT_NOISE_SHARE = 1 / 20
 
 
@@ -32,7 +34,9 @@ class PrivacyPlan(BaseModel):
     Attributes:
         unit: Whose presence is hidden.
         mechanism: What is summed; ``dp-sgd``: the gradients of a step of a client's training.
-        adjacency: Neighbouring data differ by one unit that is there or not.
+        trust: Who sees what a client sends: ``central`` the coordinator, ``distributed`` nobody.
+        adjacency: Neighbouring data differ by one unit that is there or not; ``zero-out-one``: by what one unit
+            contributes, which may be nothing, while it is known that it takes part.
         sampler: ``poisson``: every enrolled unit is asked with probability ``sample_rate``, independently.
             ``min-separation``: it takes part in every ``b``-th round, by a public schedule. Absent ones count as zero.
         sample_rate: ``q``.
@@ -41,11 +45,12 @@ class PrivacyPlan(BaseModel):
         population_size: ``N``; None where units are examples, of which the coordinator knows no number.
         clip: Bound ``C`` on the joint norm; the first one, where it adapts.
         noise_multiplier: ``z``: what all releases of a round cost together.
-        update_noise_multiplier: ``sigma``: of the noise on the sum, in units of ``clip``.
+        update_noise_multiplier: ``sigma``: of the noise on the sum, in units of ``clip``; of a secure sum the least.
         count_noise: Of the count for an adaptive bound, 0 without one.
         divisor: ``q N``, public and fixed; of a step of training the batch size.
         ranks: ``[least, most]`` of the rank of a round.
         factorization: Of the noise of all rounds, for ``min-separation``.
+        secure_sum: What clients are promised that trust nobody; None: they trust the coordinator.
         rounds: ``T``.
         releases_per_round: One sum over clients, or as many as a client takes steps.
         spare_rounds: Releases beyond them that fit into the budget, for rounds that a crash cuts off.
@@ -59,7 +64,8 @@ class PrivacyPlan(BaseModel):
 
     unit: Literal["client", "example"]
     mechanism: Mechanism
-    adjacency: Literal["add-or-remove-one"] = "add-or-remove-one"
+    trust: Literal["central", "distributed"] = "central"
+    adjacency: Literal["add-or-remove-one", "zero-out-one"] = "add-or-remove-one"
     sampler: Literal["poisson", "min-separation"] = "poisson"
     sample_rate: float
     amplified: bool
@@ -72,6 +78,7 @@ class PrivacyPlan(BaseModel):
     divisor: float
     ranks: tuple[int, int] | None
     factorization: BandedFactorization | None = None
+    secure_sum: SecureSumPrivacy | None = None
     rounds: int
     releases_per_round: int = 1
     spare_rounds: int = 0
@@ -115,6 +122,8 @@ class PrivacyPlan(BaseModel):
     @property
     def epsilon_without_sampling(self) -> float:
         """What the plan costs where somebody knows who was asked in every round."""
+        if self.secure_sum is not None:  # whose noise is not quite Gaussian
+            return self.epsilon_after(self.rounds)
         return gaussian_epsilon(math.sqrt(self.event(self.rounds).count) / self.noise_multiplier, self.delta)
 
     def noise_to_signal(self, dimensions: int) -> float:
@@ -122,7 +131,10 @@ class PrivacyPlan(BaseModel):
 
         Above 1 the noise is larger than anything that clients agree on; more clients help, or fewer trained numbers.
         """
-        return self.update_noise_multiplier * math.sqrt(dimensions) / self.divisor
+        noise, shares = self.update_noise_multiplier, self.secure_sum
+        if shares is not None:  # all of them add a share, and fewer would be enough
+            noise *= math.sqrt(shares.clients / (shares.least_survivors - shares.colluding))
+        return noise * math.sqrt(dimensions) / self.divisor
 
 
 def plan_of(settings: RunSettings) -> PrivacyPlan:
@@ -148,12 +160,15 @@ def _of_clients(settings: RunSettings, wanted: PrivacySettings) -> PrivacyPlan:
     noise = _noise(wanted, rate=wanted.sample_rate if amplified else 1.0, count=count)
     expected = wanted.sample_rate * wanted.population_size / (wanted.bands or 1)
     count_noise = _count_noise(wanted, expected)
+    mechanism: SumMechanism = "dp-dylora" if wanted.ranks else _MECHANISMS[settings.aggregation.strategy]
+    if wanted.trust == "distributed":
+        return _distributed(settings, wanted, mechanism, noise)
     return PrivacyPlan(
         **_common(settings, wanted),
         unit="client",
         sampler="min-separation" if made else "poisson",
         factorization=made,
-        mechanism="dp-dylora" if wanted.ranks else _MECHANISMS[settings.aggregation.strategy],
+        mechanism=mechanism,
         amplified=amplified,
         population_size=wanted.population_size,
         noise_multiplier=noise,
@@ -161,6 +176,44 @@ def _of_clients(settings: RunSettings, wanted: PrivacySettings) -> PrivacyPlan:
         count_noise=count_noise,
         divisor=expected,
         ranks=wanted.ranks,
+    )
+
+
+def _distributed(settings: RunSettings, wanted: PrivacySettings, mechanism: SumMechanism, noise: float) -> PrivacyPlan:
+    """Plan for clients that see to their noise themselves: all of them are asked, and each is known to take part."""
+    clients, chosen = wanted.population_size or 0, wanted.secure_sum
+    threshold = chosen.threshold or (clients + chosen.colluding) // 2 + 1
+    least = chosen.least_survivors or max(threshold, chosen.colluding + 2)
+    if max(threshold, least) > clients:
+        raise ConfigError(
+            f"privacy: a secure sum of least_survivors={least} and threshold={threshold} never comes about with "
+            f"population_size={clients}; lower them and colluding, or choose trust='central'"
+        )
+    promised = SecureSumPrivacy(
+        mechanism=mechanism,
+        clients=clients,
+        threshold=threshold,
+        least_survivors=least,
+        colluding=chosen.colluding,
+        clip=wanted.clip,
+        noise_multiplier=noise,
+        fraction_bits=chosen.fraction_bits,
+    )
+    terms = terms_of(promised, round_id="plan", dimensions=1)  # refuses counts and grids that cannot be
+    return PrivacyPlan(
+        **_common(settings, wanted),
+        unit="client",
+        trust="distributed",
+        adjacency="zero-out-one",
+        mechanism=mechanism,
+        amplified=False,
+        population_size=clients,
+        noise_multiplier=noise,
+        update_noise_multiplier=terms.noise_multiplier,
+        count_noise=0.0,
+        divisor=float(clients),
+        ranks=wanted.ranks,
+        secure_sum=promised,
     )
 
 

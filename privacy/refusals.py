@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from pomona.errors import ConfigError
+from pomona.privacy.secure_sum.terms import MAX_CLIENTS
 from pomona.settings import RunSettings
 from pomona.strategies import BY_NAME
 
@@ -138,10 +139,50 @@ def _local(settings: RunSettings) -> str:
     )
 
 
+def _trust(settings: RunSettings) -> str:
+    wanted = settings.privacy
+    if wanted is None or wanted.trust == "central":
+        return ""
+    if (wanted.population_size or 0) > MAX_CLIENTS:
+        return (
+            f"under trust='distributed' every client agrees on keys with every other, which {MAX_CLIENTS} can and "
+            f"population_size={wanted.population_size} cannot; choose trust='central', or several populations"
+        )
+    if wanted.sample_rate != 1.0:
+        return (
+            "under trust='distributed' the coordinator knows who was asked, so sampling hides nobody from it and only "
+            "makes sums smaller; leave privacy.sample_rate out: whoever is connected takes part"
+        )
+    return ""
+
+
+def _noise_shares(settings: RunSettings) -> str:
+    wanted = settings.privacy
+    if wanted is None or wanted.trust == "central":
+        return ""
+    if wanted.bands is not None:
+        return (
+            "under trust='distributed' clients draw the noise, each afresh in every round, so none can be taken back "
+            "later; leave privacy.bands out, or choose trust='central'"
+        )
+    if wanted.adaptive_clip is not None:
+        return (
+            "under trust='distributed' nobody sees how many norms are below the bound, which adaptive_clip follows; "
+            "give a fixed privacy.clip, or choose trust='central'"
+        )
+    if wanted.accountant != "rdp":
+        return (
+            f"accountant={wanted.accountant!r} is for Gaussian noise, and clients add integers whose sum is not quite "
+            "that; what is proved of it is a bound on Renyi divergences: choose privacy.accountant='rdp'"
+        )
+    return ""
+
+
 def _is_central(settings: RunSettings) -> bool:
     return settings.privacy is not None and settings.privacy.unit == "client"
 
 
 RULES: tuple[Rule, ...] = (
-    _local, _stacking, _robust, _rank_of_clients, _pattern, _bands, _cohort, _size, _replies, _steps, _tail,
+    _local, _stacking, _robust, _rank_of_clients, _pattern, _trust, _noise_shares, _bands, _cohort, _size, _replies,
+    _steps, _tail,
 )  # fmt: skip

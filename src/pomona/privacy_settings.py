@@ -24,6 +24,24 @@ class AdaptiveClipSettings(Section):
     count_noise: PositiveFloat | None = None
 
 
+class SecureSumSettings(Section):
+    """How clients that trust nobody with an update of theirs are summed up, for ``trust = "distributed"``.
+
+    Attributes:
+        least_survivors: So many clients are in a sum, or its round is burnt. Noise shares are sized for it, so a sum of
+            more has more noise than it needs. None: as many as the threshold.
+        threshold: So many clients together can unmask a sum; None: the least that a lying server cannot abuse, more
+            than half of the population and of those that collude.
+        colluding: So many clients may tell the coordinator all they know; their noise counts for nothing.
+        fraction_bits: Vectors are rounded to multiples of ``2^-fraction_bits``.
+    """
+
+    least_survivors: PositiveInt | None = None
+    threshold: PositiveInt | None = None
+    colluding: NonNegativeInt = 0
+    fraction_bits: Annotated[int, Field(ge=0, le=52)] = 16
+
+
 class PrivacySettings(Section):
     """Differential privacy of a run.
 
@@ -31,6 +49,8 @@ class PrivacySettings(Section):
         unit: Whose presence is hidden: ``client`` all that a client has, by noise on the sum at the coordinator;
             ``example`` one record of a client, by noise in its training; ``local`` all that a client has, by noise that
             the client itself puts on what it sends.
+        trust: Who sees what a client sends, for ``client``: ``central`` the coordinator, which adds the noise;
+            ``distributed`` nobody, as clients mask their updates, and add noise shares of their own (a secure sum).
         population: Name of the enrolled clients whose budget this run draws on; runs that ask the same people share it.
         population_size: How many are enrolled, for ``client``: fixed and public.
         epsilon: What the population may spend in all, by all runs together.
@@ -49,9 +69,11 @@ class PrivacySettings(Section):
             tried again.
         cohort_secret: Nobody but the coordinator learns who was asked; without that sampling hides nobody, and none is
             claimed.
+        secure_sum: How clients are summed up, for ``distributed``.
     """
 
     unit: Literal["client", "example", "local"]
+    trust: Literal["central", "distributed"] = "central"
     population: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
     population_size: PositiveInt | None = None
     epsilon: PositiveFloat
@@ -65,6 +87,7 @@ class PrivacySettings(Section):
     bands: PositiveInt | None = None
     spare_rounds: NonNegativeInt = 0
     cohort_secret: bool = True
+    secure_sum: SecureSumSettings = SecureSumSettings()
 
     @model_validator(mode="after")
     def _unit_has_them(self) -> Self:
@@ -73,9 +96,12 @@ class PrivacySettings(Section):
                 "privacy.population_size goes with unit='client' and with no other; "
                 f"got unit={self.unit!r} and population_size={self.population_size}"
             )
-        given = {name for name in ("ranks", "adaptive_clip", "bands", "cohort_secret") if changed(self, name)}
+        names = ("trust", "ranks", "adaptive_clip", "bands", "cohort_secret")
+        given = {name for name in names if changed(self, name)}
         if self.unit != "client" and given:
             raise ValueError(f"privacy.{min(given)} goes with unit='client', got unit={self.unit!r}")
+        if self.trust == "central" and changed(self, "secure_sum"):
+            raise ValueError("privacy.secure_sum goes with trust='distributed'; give that too, or leave it out")
         if self.ranks is not None and self.ranks[0] > self.ranks[1]:
             raise ValueError(f"expected privacy.ranks as [least, most], got {list(self.ranks)}")
         return self

@@ -17,15 +17,47 @@ Rank = Annotated[int, Field(ge=1, le=4096)]
 
 Trains = Literal["both", "a", "b"]
 Initial = Literal["uniform", "orthonormal"]
+SumMechanism = Literal["dp-lora", "dp-dylora", "ffa", "ffa-nested"]
 
 ENROL = "query"
 TRAIN = "train"
 TELL = "query.tell"
+ADVERTISE = "query.advertise"
+SHARE = "query.share"
+MASK = "query.mask"
+UNMASK = "query.unmask"
 _MAX_ERROR_CHARS = 500
 
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
+
+
+class SecureSumPrivacy(_Record):
+    """What clients are promised that send nothing but masked vectors, the same in all rounds of a run.
+
+    The terms of each sum follow from it (:func:`pomona.privacy.secure_sum.requests.terms_of`), on both sides, so that
+    a round can ask for nothing weaker.
+
+    Attributes:
+        mechanism: What is summed, as in the plan.
+        clients: So many are asked, at most.
+        threshold: So many together can unmask a sum.
+        least_survivors: So many are in a sum, or nothing is released.
+        colluding: So many may tell the coordinator all they know.
+        clip: Bound on the norm of what one client contributes.
+        noise_multiplier: What the account counts on: standard deviation of the noise over ``clip``, at least.
+        fraction_bits: Of the grid that vectors are rounded to.
+    """
+
+    mechanism: SumMechanism
+    clients: Annotated[int, Field(ge=1, le=2**31)]
+    threshold: Annotated[int, Field(ge=1, le=2**31)]
+    least_survivors: Annotated[int, Field(ge=1, le=2**31)]
+    colluding: Annotated[int, Field(ge=0, le=2**31)]
+    clip: PositiveFloat
+    noise_multiplier: PositiveFloat
+    fraction_bits: Annotated[int, Field(ge=0, le=52)]
 
 
 class Invitation(_Record):
@@ -45,6 +77,7 @@ class Invitation(_Record):
         training: What a round takes, for clients that choose their rank by it.
         private: The run promises privacy, of whatever unit: a client states neither how many examples it has (it
             says 1) nor its training loss (it says 0).
+        secure_sum: The client sends no update, but takes part in secure sums on these terms; None: in none.
     """
 
     run_id: RunId
@@ -59,6 +92,7 @@ class Invitation(_Record):
     min_rank: Rank = 1
     training: TrainingSettings = TrainingSettings()
     private: bool = False
+    secure_sum: SecureSumPrivacy | None = None
 
 
 class ExamplePrivacy(_Record):

@@ -11,7 +11,9 @@ from flwr.supercore.run import Run as FlowerRun
 
 from pomona.client.trainer import Profile, Trainer
 from pomona.messages import pack, unpack
-from pomona.protocol import ENROL, TELL, Exclusion, TrainRequest
+from pomona.protocol import ADVERTISE, ENROL, MASK, SHARE, TELL, UNMASK, Exclusion, TrainRequest
+
+STAGES = (ADVERTISE, SHARE, MASK, UNMASK)
 
 Answer = tuple[str, str, bytes]
 Reply = Answer | Error | RecordDict | Exception | None
@@ -25,11 +27,15 @@ def honest(_request: str, answer: Answer) -> Reply:
 
 @dataclass
 class Node:
-    """A client on the grid; ``enrols`` and ``trains`` may replace what its honest trainer answers."""
+    """A client on the grid; ``enrols``, ``trains`` and ``sums`` may replace what its honest trainer answers.
+
+    ``sums`` is told the type of the message, which is the stage of a secure sum, in place of the request.
+    """
 
     profile: Profile
     enrols: Tamper = honest
     trains: Tamper = honest
+    sums: Tamper = honest
     joins_after: int = 0
     leaves_after: float = math.inf
     asked: list[tuple[TrainRequest, bytes]] = field(default_factory=list)
@@ -48,6 +54,8 @@ class Node:
         if message.metadata.message_type == TELL:
             self.told.append(Exclusion.model_validate_json(request).reason)
             return answer
+        if message.metadata.message_type in STAGES:
+            return self.sums(message.metadata.message_type, answer)
         self.asked.append((TrainRequest.model_validate_json(request), payload))
         return self.trains(request, answer)
 

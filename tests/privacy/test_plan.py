@@ -10,6 +10,8 @@ from pomona.errors import ConfigError
 from pomona.manifest import AdapterManifest
 from pomona.privacy.accounting import Event, epsilon
 from pomona.privacy.plan import PrivacyPlan, plan_of
+from pomona.privacy.secure_sum.requests import terms_of
+from pomona.privacy.secure_sum.terms import effective_noise_multiplier
 from pomona.settings import RunSettings
 
 CLIENT = {
@@ -209,3 +211,71 @@ def test_a_plan_for_examples_needs_a_public_number_of_steps() -> None:
 def test_a_run_cannot_wait_for_more_clients_than_its_population_has() -> None:
     with pytest.raises(ConfigError, match="room for"):
         plan_of(run({"population_size": 100, "delta": 1e-3}, cohort={"min_clients": 101}))
+
+
+DISTRIBUTED = {"trust": "distributed", "population_size": 100, "sample_rate": 1.0, "delta": 1e-3}
+
+
+def test_a_plan_for_clients_that_trust_nobody_promises_what_its_terms_keep() -> None:
+    plan = plan_of(run(DISTRIBUTED, aggregation={"strategy": "ffa-nested"}))
+    assert plan.secure_sum is not None
+    assert (plan.trust, plan.adjacency, plan.amplified, plan.divisor) == ("distributed", "zero-out-one", False, 100.0)
+    assert (plan.secure_sum.clients, plan.secure_sum.threshold, plan.secure_sum.least_survivors) == (100, 51, 51)
+    assert 0.98 * 4.0 < plan.epsilon_after(50) == plan.epsilon_without_sampling <= 4.0
+    terms = terms_of(plan.secure_sum, round_id="run-1.1.1", dimensions=100_000)
+    assert plan.noise_multiplier <= effective_noise_multiplier(terms) < 1.0001 * plan.noise_multiplier
+    assert plan.event() == Event(noise_multiplier=plan.noise_multiplier, sample_rate=1.0, count=1)
+    assert plan.noise_to_signal(10_000) == pytest.approx(plan.noise_multiplier * (100 / 51) ** 0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"least_survivors": 60}, {"threshold": 60, "least_survivors": 70}, {"colluding": 5}, {"fraction_bits": 20}],
+)
+def test_the_hash_is_of_the_terms_too(change: dict[str, Any]) -> None:
+    plans = [plan_of(run({**DISTRIBUTED, "secure_sum": each})) for each in ({}, change)]
+    assert plans[0].sha256 != plans[1].sha256
+    assert plans[1].sha256 == PrivacyPlan.model_validate_json(plans[1].model_dump_json()).sha256
+
+
+@pytest.mark.parametrize(
+    ("change", "reason", "alternative"),
+    [
+        ({"population_size": 513, "delta": 1e-4}, "agrees on keys with every other", "several populations"),
+        ({"sample_rate": 0.5}, "sampling hides nobody", "leave privacy.sample_rate out"),
+        ({"bands": 5}, "draw the noise, each afresh", "leave privacy.bands out"),
+        ({"adaptive_clip": {}}, "nobody sees how many norms", "fixed privacy.clip"),
+        ({"accountant": "prv"}, "bound on Renyi divergences", "'rdp'"),
+        ({"secure_sum": {"least_survivors": 101}}, "never comes about", "trust='central'"),
+        ({"secure_sum": {"threshold": 50}}, "lies about who survived", "at least 51"),
+        ({"secure_sum": {"threshold": 60, "least_survivors": 55}}, "threshold <= least_survivors", "60, 55"),
+        ({"secure_sum": {"fraction_bits": 0}}, "variance of", "raise fraction_bits"),
+        ({"population_size": 1, "delta": 0.1}, "never comes about", "trust='central'"),
+    ],
+)
+def test_sums_behind_masks_that_would_not_keep_their_promise_are_refused(
+    change: dict[str, Any], reason: str, alternative: str
+) -> None:
+    with pytest.raises(ConfigError, match=reason) as caught:
+        plan_of(run({**DISTRIBUTED, **change}))
+    assert alternative in str(caught.value)
+
+
+@pytest.mark.parametrize("strategy", ["flora-bounded", "flora", "fedex", "hetlora", "flexlora", "rolora"])
+def test_only_plain_sums_go_behind_masks(strategy: str) -> None:
+    rank = {"rank": 8} if strategy in {"fedex", "rolora"} else {}
+    with pytest.raises(ConfigError, match="choose"):
+        plan_of(run(DISTRIBUTED, aggregation={"strategy": strategy, **rank}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"secure_sum": {"least_survivors": 3}}, "secure_sum goes with trust='distributed'"),
+        ({"trust": "distributed", "unit": "example", "population_size": None}, "trust goes with unit='client'"),
+        ({"trust": "nobody"}, "'central' or 'distributed'"),
+    ],
+)
+def test_trust_and_its_section_go_together(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        run(change)

@@ -30,11 +30,15 @@ def plan(
     with exit_on_error(as_json=as_json):
         from pomona.coordinator.dimensions import trained_dimensions  # noqa: PLC0415 - imports torch
         from pomona.privacy.plan import plan_of  # noqa: PLC0415
+        from pomona.privacy.secure_sum.requests import terms_of  # noqa: PLC0415
         from pomona.run_file import load_settings  # noqa: PLC0415
 
         settings = load_settings(path)
         planned = plan_of(settings)
-        facts = _facts(planned, trained_dimensions(settings))
+        dimensions = trained_dimensions(settings)
+        if planned.secure_sum is not None:
+            terms_of(planned.secure_sum, round_id="plan", dimensions=dimensions)  # refuses too coarse a grid
+        facts = _facts(planned, dimensions)
         if as_json:
             print_json(facts)
             return
@@ -76,19 +80,28 @@ def _size(planned: "PrivacyPlan") -> str:
     return "" if planned.population_size is None else f" of {planned.population_size:,}"
 
 
+def _hidden(planned: "PrivacyPlan") -> str:
+    if planned.trust == "distributed":
+        return f"what one {planned.unit}{_size(planned)} in {planned.population} contributed"
+    return f"whether one {planned.unit}{_size(planned)} in {planned.population} took part"
+
+
 def _sampling(planned: "PrivacyPlan") -> str:
     if planned.unit == "example":
         return (
             f"each example of a client with probability {planned.sample_rate:g}, in each of "
             f"{planned.releases_per_round} steps a round"
         )
+    if planned.trust == "distributed":
+        return f"all of {planned.divisor:g} that are connected"
     return f"each client with probability {planned.sample_rate:g}, about {planned.divisor:g} a round"
 
 
 def _show(planned: "PrivacyPlan", facts: dict[str, object]) -> None:
     ranks = f", ranks {planned.ranks[0]} to {planned.ranks[1]}" if planned.ranks else ""
     rows = [
-        ("hidden", f"whether one {planned.unit}{_size(planned)} in {planned.population} took part"),
+        ("hidden", _hidden(planned)),
+        ("from", "whoever sees the adapter" if planned.trust == "central" else "the coordinator, too"),
         ("mechanism", planned.mechanism + ranks),
         ("promise", f"epsilon {facts['epsilon']:.4g} at delta {planned.delta:g} after {planned.rounds} rounds"),
         ("budget", f"epsilon {planned.budget:g}, of all runs on {planned.population}"),
