@@ -177,6 +177,11 @@ def _assumptions(plan: PrivacyPlan) -> tuple[str, ...]:
             "which examples a client drew stays on its machine",
             "that a client takes part, and who it is, is not hidden",
         )
+    if plan.unit == "local":
+        return (
+            "each client runs the published code on its own machine, which clips and noises what it sends",
+            "each person is one client, under one name; that it takes part, and who it is, is not hidden",
+        )
     if plan.secure_sum is not None:
         return _assumptions_of_sums(plan.secure_sum)
     trusted = "the coordinator, its machine and its network links are trusted: it sees each update before it is summed"

@@ -7,7 +7,7 @@ import httpx
 from flwr.serverapp import Grid
 
 from pomona.coordinator.beginning import begin_run
-from pomona.coordinator.example_loop import ExampleLoop
+from pomona.coordinator.own_noise_loop import OwnNoiseLoop
 from pomona.coordinator.private_loop import PrivateLoop
 from pomona.coordinator.replies import server_gone
 from pomona.coordinator.round_loop import RoundLoop, cuts_off
@@ -23,8 +23,8 @@ def _loop_of(settings: RunSettings) -> type[RoundLoop]:
     match settings.privacy and settings.privacy.unit:
         case "client":
             return SecureLoop if settings.privacy and settings.privacy.trust == "distributed" else PrivateLoop
-        case "example":
-            return ExampleLoop
+        case "example" | "local":
+            return OwnNoiseLoop
         case _:
             return RoundLoop
 

@@ -35,7 +35,7 @@ class PrivateMethod(Method):
 
     def __init__(self, settings: RunSettings, manifest: AdapterManifest, plan: PrivacyPlan) -> None:
         super().__init__(settings, manifest)
-        assert plan.mechanism != "dp-sgd"  # which sums nothing over clients
+        assert plan.mechanism not in ("dp-sgd", "local-gaussian")  # which sum nothing over clients
         self._manifest, self._plan, self._seed = manifest, plan, settings.seed
         self._mechanism: SumMechanism = plan.mechanism
 

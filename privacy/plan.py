@@ -22,7 +22,7 @@ from pomona.privacy_settings import PrivacySettings
 from pomona.protocol import SecureSumPrivacy, SumMechanism
 from pomona.settings import RunSettings
 
-Mechanism = Literal[SumMechanism, "dp-sgd"]
+Mechanism = Literal[SumMechanism, "dp-sgd", "local-gaussian"]
 
 _MECHANISMS: dict[str, SumMechanism] = {"fedit": "dp-lora", "ffa": "ffa", "ffa-nested": "ffa-nested"}
 _COUNT_NOISE_SHARE = 1 / 20
@@ -33,10 +33,12 @@ class PrivacyPlan(BaseModel):
 
     Attributes:
         unit: Whose presence is hidden.
-        mechanism: What is summed; ``dp-sgd``: the gradients of a step of a client's training.
+        mechanism: What is summed; ``dp-sgd``: the gradients of a step of a client's training; ``local-gaussian``:
+            nothing, each client's update is noised by itself.
         trust: Who sees what a client sends: ``central`` the coordinator, ``distributed`` nobody.
         adjacency: Neighbouring data differ by one unit that is there or not; ``zero-out-one``: by what one unit
-            contributes, which may be nothing, while it is known that it takes part.
+            contributes, which may be nothing, while it is known that it takes part; ``replace-one``: by what it has,
+            which may be anything.
         sampler: ``poisson``: every enrolled unit is asked with probability ``sample_rate``, independently.
             ``min-separation``: it takes part in every ``b``-th round, by a public schedule. Absent ones count as zero.
         sample_rate: ``q``.
@@ -47,7 +49,8 @@ class PrivacyPlan(BaseModel):
         noise_multiplier: ``z``: what all releases of a round cost together.
         update_noise_multiplier: ``sigma``: of the noise on the sum, in units of ``clip``; of a secure sum the least.
         count_noise: Of the count for an adaptive bound, 0 without one.
-        divisor: ``q N``, public and fixed; of a step of training the batch size.
+        divisor: ``q N``, public and fixed; of a step of training the batch size; of local noise ``sqrt(n) / 2`` for the
+            least cohort, so that ``sigma sqrt(d)`` over it is the noise on a mean.
         ranks: ``[least, most]`` of the rank of a round.
         factorization: Of the noise of all rounds, for ``min-separation``.
         secure_sum: What clients are promised that trust nobody; None: they trust the coordinator.
@@ -62,10 +65,10 @@ class PrivacyPlan(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    unit: Literal["client", "example"]
+    unit: Literal["client", "example", "local"]
     mechanism: Mechanism
     trust: Literal["central", "distributed"] = "central"
-    adjacency: Literal["add-or-remove-one", "zero-out-one"] = "add-or-remove-one"
+    adjacency: Literal["add-or-remove-one", "zero-out-one", "replace-one"] = "add-or-remove-one"
     sampler: Literal["poisson", "min-separation"] = "poisson"
     sample_rate: float
     amplified: bool
@@ -147,7 +150,7 @@ def plan_of(settings: RunSettings) -> PrivacyPlan:
     if wanted is None:
         raise ConfigError("expected a section [privacy] in the run file; without one nothing is promised")
     check(settings)
-    plan = _of_examples(settings, wanted) if wanted.unit == "example" else _of_clients(settings, wanted)
+    plan = {"client": _of_clients, "example": _of_examples, "local": _of_locals}[wanted.unit](settings, wanted)
     _check_budget(plan)
     return plan
 
@@ -233,6 +236,25 @@ def _of_examples(settings: RunSettings, wanted: PrivacySettings) -> PrivacyPlan:
         divisor=float(settings.training.batch_size),
         ranks=None,
         releases_per_round=steps,
+    )
+
+
+def _of_locals(settings: RunSettings, wanted: PrivacySettings) -> PrivacyPlan:
+    """Plan for clients that noise their own updates: everybody sees who sent what, so nothing is amplified."""
+    noise = _noise(wanted, rate=1.0, count=settings.rounds + wanted.spare_rounds)
+    return PrivacyPlan(
+        **_common(settings, wanted),
+        unit="local",
+        trust="distributed",
+        adjacency="replace-one",
+        mechanism="local-gaussian",
+        amplified=False,
+        population_size=None,
+        noise_multiplier=noise,
+        update_noise_multiplier=noise,
+        count_noise=0.0,
+        divisor=math.sqrt(settings.cohort.min_clients) / 2.0,
+        ranks=None,
     )
 
 

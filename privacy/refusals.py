@@ -131,11 +131,11 @@ def _tail(settings: RunSettings) -> str:
 
 
 def _local(settings: RunSettings) -> str:
-    if settings.privacy is None or settings.privacy.unit != "local":
+    if settings.privacy is None or settings.privacy.unit != "local" or settings.privacy.sample_rate == 1.0:
         return ""
     return (
-        "unit='local' is not offered yet: noise that every client adds by itself grows with the square root of their "
-        "number where the coordinator's does not; choose unit='client', or 'example' where clients trust nobody"
+        "under unit='local' everybody sees who sent what, so privacy.sample_rate hides nobody; leave it out, and give "
+        "cohort.fraction or cohort.size to ask fewer"
     )
 
 

@@ -1,11 +1,13 @@
 """Rounds under example-level privacy: any ranks and strategy, every step paid, and a crash pays again."""
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tests.coordinator.grid import Answer, InProcessGrid, Node, Reply
 from tests.coordinator.lives import Lives
 from tests.coordinator.run_until_killed import LOG, RUN
@@ -18,6 +20,7 @@ from pomona.privacy.plan import plan_of
 from pomona.settings import RunSettings
 from pomona.storage.opening import open_registry
 from pomona.storage.records import LedgerEntry
+from pomona.wire import decode_weights
 
 ROUNDS, STEPS = 3, 2
 WORD = "zyzzogeton"
@@ -91,6 +94,30 @@ def test_clients_of_unequal_ranks_hide_their_records_and_every_step_is_paid(
         assert not broken_promises(registry, RUN, Outside(orphans=0))
     assert WORD not in caplog.text
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and WORD.encode() in path.read_bytes()]
+
+
+@pytest.mark.usefixtures("quick_polls")
+def test_clients_that_noise_their_updates_send_nothing_else(
+    settings: RunSettings, make_profile: MakeProfile, tmp_path: Path
+) -> None:
+    """With noise far above all that training moves, what is published is that noise: of the size that is promised."""
+    privacy = {"unit": "local", "population": "sites", "epsilon": 1e6, "delta": 1e-3, "noise_multiplier": 4.0}
+    facts = settings.model_dump(mode="json") | {"privacy": privacy, "rounds": 1}
+    facts["aggregation"] = {"strategy": "fedit", "rank": 4, "max_rank": 4}
+    given = RunSettings.model_validate(facts)
+    nodes = [Node(make_profile(i, count=3, rank=4)) for i in range(3)]
+    with open_registry(tmp_path) as registry:
+        run_federation(InProcessGrid(nodes), given, registry, run_id=RUN)
+        weights, _ = decode_weights(registry.payload("toy/1"))
+        certificate = certify(registry.resolve("toy/1"), registry.ledger("sites"))
+        assert (certificate.unit, certificate.adjacency, certificate.releases) == ("local", "replace-one", 1)
+        assert {each.num_examples for each in registry.submissions(RUN)} == {1}
+    asked = nodes[0].asked[0][0]
+    assert asked.local_privacy is not None
+    assert asked.example_privacy is None
+    noise = torch.cat([(each.b / 2.0).flatten() for each in weights.layers.values()])
+    expected = 2.0 * asked.local_privacy.clip * 4.0 / math.sqrt(3)
+    assert abs(float(noise.std()) / expected - 1.0) < 5.0 / math.sqrt(2 * len(noise)) < 1 / 3
 
 
 @pytest.mark.parametrize(

@@ -279,3 +279,20 @@ def test_only_plain_sums_go_behind_masks(strategy: str) -> None:
 def test_trust_and_its_section_go_together(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         run(change)
+
+
+def local(privacy: dict[str, Any] | None = None, **sections: object) -> RunSettings:
+    given = {"unit": "local", "population": "sites", "epsilon": 8.0, "delta": 1e-5} | (privacy or {})
+    facts = {"name": "sites", "rounds": 4, "privacy": given, "cohort": {"min_clients": 16}}
+    return RunSettings.model_validate(facts | sections)
+
+
+def test_a_local_plan_counts_on_no_sampling_and_on_noise_for_any_two_updates() -> None:
+    plan = plan_of(local())
+    assert (plan.unit, plan.mechanism, plan.adjacency, plan.amplified) == (
+        "local", "local-gaussian", "replace-one", False,
+    )  # fmt: skip
+    assert 0.98 * 8.0 < plan.epsilon_after(4) == plan.epsilon_without_sampling <= 8.0
+    assert plan.noise_to_signal(10_000) == pytest.approx(plan.noise_multiplier * 100.0 / 2.0)
+    with pytest.raises(ConfigError, match="who sent what"):
+        plan_of(local({"sample_rate": 0.5}))

@@ -69,6 +69,12 @@ def _some(rounds: int) -> list[int]:
 def _advice(planned: "PrivacyPlan", dimensions: int) -> str:
     if (ratio := planned.noise_to_signal(dimensions)) <= 1.0:
         return ""
+    if planned.unit == "local":
+        return (
+            f"the noise on the mean of {planned.divisor**2 * 4:.0f} clients, each of which adds its own, is {ratio:.3g} "
+            f"times as long as the longest update: ask {ratio**2:.3g} times as many, or protect records (unit='example') "
+            "or clients (unit='client', trust='distributed')"
+        )
     return (
         f"the noise on the mean is {ratio:.3g} times as long as the longest update, so little will be learned: ask "
         f"{ratio:.3g} times as many clients a round, train {ratio**2:.3g} times fewer numbers (a lower rank, "
@@ -87,6 +93,8 @@ def _hidden(planned: "PrivacyPlan") -> str:
 
 
 def _sampling(planned: "PrivacyPlan") -> str:
+    if planned.unit == "local":
+        return "whoever is asked sends an update of its own, which everybody may see"
     if planned.unit == "example":
         return (
             f"each example of a client with probability {planned.sample_rate:g}, in each of "

@@ -1,12 +1,13 @@
-"""The rounds of a run under example-level privacy: clients noise their own training, and the coordinator pays for it.
+"""The rounds of a run whose clients noise what they send themselves: the coordinator pays for it, and trusts nobody.
 
-What a client sends hides each of its examples already, so any aggregation of it is post-processing, and updates are
-recorded as in any run. The population's ledger pays for a round before anybody is asked, as many releases as a client
+Under example-level privacy noise is in each step of their training, under local privacy on the update that comes of it.
+What a client sends keeps the promise already, so any aggregation of it is post-processing, and updates are recorded as
+in any run. The population's ledger pays for a round before anybody is asked, as many releases as a client
 takes steps. Clients that were asked again, because a process died before their answers came, have released twice: that
 is another attempt, and is paid again. A round that was frozen asks nobody any more, and costs nothing more.
 
-Examples of different clients are different people, so clients compose in parallel: what the ledger has is the most that
-any of them has spent (:mod:`pomona.privacy.example_level`).
+Different clients hold different people's data, so they compose in parallel: what the ledger has is the most that any
+of them has spent (:mod:`pomona.privacy.example_level`).
 """
 
 from collections.abc import Sequence
@@ -19,22 +20,25 @@ from pomona.coordinator.spending import reserve
 from pomona.coordinator.strategy import LoraStrategy
 from pomona.failpoints import reach
 from pomona.privacy.plan import PrivacyPlan, plan_of
-from pomona.protocol import ExamplePrivacy
+from pomona.protocol import ExamplePrivacy, LocalPrivacy
 from pomona.storage.records import LedgerEntry, NewVersion, Version
 from pomona.wire import digest
 
 
-class ExampleLoop(RoundLoop):
-    """One run whose clients' examples are hidden, for as long as this process has it."""
+class OwnNoiseLoop(RoundLoop):
+    """One run whose clients noise what they send, for as long as this process has it."""
 
     _row: LedgerEntry
 
     def _make_strategy(self, weights: AdapterWeights) -> LoraStrategy:
         self._plan: PrivacyPlan = plan_of(self._settings)
-        strategy = super()._make_strategy(weights)
+        strategy, noise, clip = super()._make_strategy(weights), self._plan.noise_multiplier, self._plan.clip
+        if self._plan.unit == "local":
+            strategy.local_privacy = LocalPrivacy(noise_multiplier=noise, clip=clip)
+            return strategy
         strategy.example_privacy = ExamplePrivacy(
-            noise_multiplier=self._plan.noise_multiplier,
-            clip=self._plan.clip,
+            noise_multiplier=noise,
+            clip=clip,
             sample_rate=self._plan.sample_rate,
             steps=self._plan.releases_per_round,
         )
