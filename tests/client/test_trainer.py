@@ -418,7 +418,7 @@ def test_refuses_a_request_that_says_more_than_is_known(trainer: Trainer, invita
 @pytest.mark.parametrize("kind", ["evaluate", "", "train.fast"])
 def test_refuses_requests_of_an_unknown_kind(trainer: Trainer, invitation: Invitation, kind: str) -> None:
     told = refused(trainer.answer(kind, invitation.model_dump_json(), b""))
-    assert told == f"expected a request to query or train, got {kind!r}"
+    assert told == f"expected a request to query, train or take part in a secure sum, got {kind!r}"
 
 
 @pytest.mark.parametrize(
