@@ -35,7 +35,8 @@ class PrivateMethod(Method):
 
     def __init__(self, settings: RunSettings, manifest: AdapterManifest, plan: PrivacyPlan) -> None:
         super().__init__(settings, manifest)
-        assert plan.mechanism not in ("dp-sgd", "local-gaussian")  # which sum nothing over clients
+        assert plan.mechanism != "dp-sgd"  # which sums nothing over clients, and neither does the next
+        assert plan.mechanism != "local-gaussian"
         self._manifest, self._plan, self._seed = manifest, plan, settings.seed
         self._mechanism: SumMechanism = plan.mechanism
 

@@ -71,9 +71,9 @@ def _advice(planned: "PrivacyPlan", dimensions: int) -> str:
         return ""
     if planned.unit == "local":
         return (
-            f"the noise on the mean of {planned.divisor**2 * 4:.0f} clients, each of which adds its own, is {ratio:.3g} "
-            f"times as long as the longest update: ask {ratio**2:.3g} times as many, or protect records (unit='example') "
-            "or clients (unit='client', trust='distributed')"
+            f"the noise on the mean of {planned.divisor**2 * 4:.0f} clients, each of which adds its own, is "
+            f"{ratio:.3g} times as long as the longest update: ask {ratio**2:.3g} times as many, or protect records "
+            "(unit='example') or clients (unit='client', trust='distributed')"
         )
     return (
         f"the noise on the mean is {ratio:.3g} times as long as the longest update, so little will be learned: ask "
