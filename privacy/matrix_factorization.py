@@ -19,7 +19,7 @@ again.
 
 import math
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Self
 
@@ -237,33 +237,6 @@ def eligible(clients: Iterable[str], round_number: int, *, bands: int, seed: int
     """
     turn = round_number % bands
     return sorted(client for client in clients if seed_of("participation", seed, client) % bands == turn)
-
-
-def check_participation(history: Mapping[int, Collection[str]], factorization: BandedFactorization) -> None:
-    """Refuse rounds in which a client took part more often than its promise is sized for.
-
-    Of ``T`` rounds at most ``k`` are ``b`` apart, so the distance is all there is to check. Who it was is not said:
-    errors end up in logs.
-
-    Args:
-        history: Who contributed, by number of the round.
-        factorization: Which was used.
-
-    Raises:
-        ConfigError: There is no such round, or two of one client are too near to each other.
-    """
-    before: dict[str, int] = {}
-    for number in sorted(history):
-        if not 1 <= number <= factorization.rounds:
-            raise ConfigError(f"expected rounds 1 to {factorization.rounds}, got {number}; noise is made for no others")
-        for client in history[number]:
-            if (last := before.get(client)) is not None and number - last < factorization.bands:
-                raise ConfigError(
-                    f"a client took part in rounds {last} and {number}; expected {factorization.bands} from one to the "
-                    "next, as eligible() has it: with less its contributions add up under the noise of one, and the "
-                    "epsilon that is stated is too small"
-                )
-            before[client] = number
 
 
 def event_of(factorization: BandedFactorization, *, noise_multiplier: float) -> Event:

@@ -4,7 +4,7 @@ It names no client and quotes no data; the number of clients of a round is in it
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from pomona.storage.records import LineageNode, Version
 
@@ -66,7 +66,22 @@ def _facts(node: LineageNode) -> Iterator[tuple[str, str]]:
     if isinstance(strategy := version.recipe.get("strategy"), str):
         yield "Strategy", f"`{_plain(strategy)}`"
     yield "Aggregation", f"{version.exactness}, retained energy {version.retained_energy:.6f}"
-    yield "Round", f"{version.round_number} of run `{version.run_id}`, {merged} clients"
+    told = version.recipe.get("privacy")
+    hidden = isinstance(told, Mapping) and not node.submissions
+    yield "Round", f"{version.round_number} of run `{version.run_id}`" + ("" if hidden else f", {merged} clients")
+    if isinstance(told, Mapping) and isinstance(plan := told.get("plan"), Mapping):
+        yield "Privacy", _plain(_promise(plan))
+        yield "Privacy ledger", f"row {told.get('ledger_seq')}, `{_plain(str(told.get('ledger_sha256')))}`"
+
+
+def _promise(plan: Mapping[str, object]) -> str:
+    """Return what all releases to a population keep within; `pomona privacy certificate` says how much was spent."""
+    names = ("budget", "delta", "unit", "population", "adjacency", "mechanism", "library")
+    budget, delta, unit, population, adjacency, mechanism, library = (plan.get(name) for name in names)
+    return (
+        f"epsilon of at most {budget} at delta {delta} for each {unit} of {population} - {adjacency} - by {mechanism}, "
+        f"account by {library}"
+    )
 
 
 def _ancestors(node: LineageNode) -> Iterator[str]:
@@ -79,4 +94,4 @@ def _ancestors(node: LineageNode) -> Iterator[str]:
 
 
 def _plain(text: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in " -_./@:" else "?" for letter in text)
+    return "".join(letter if letter.isalnum() or letter in " -_./@:," else "?" for letter in text)

@@ -16,6 +16,7 @@ from pomona.errors import ConfigError, RegistryDamaged
 from pomona.privacy.plan import PrivacyPlan
 from pomona.storage import ledger_witness
 from pomona.storage.backup import restore_backup, write_backup
+from pomona.storage.card import model_card
 from pomona.storage.opening import open_registry
 from pomona.storage.records import NewVersion, Version
 from pomona.storage.registry import Registry
@@ -183,3 +184,10 @@ def test_ledger_and_certificate_are_told_to_people_and_machines(registry: Regist
     assert "trusted" in " ".join(facts["assumptions"])
     assert "epsilon" in told("certificate", "run-1/1")
     assert CliRunner().invoke(app, ["privacy", "ledger", "nobody", "--home", str(home)]).exit_code == 3
+
+
+def test_the_card_of_an_export_says_what_was_promised_and_how_many_took_part_is_not_in_it(registry: Registry) -> None:
+    card = model_card(registry.lineage(release(registry, 1).ref))
+    assert f"epsilon of at most {PLAN.budget} at delta 1e-05 for each client of phones" in card
+    assert "| Privacy ledger | row 1, `" in card
+    assert "clients |" not in card

@@ -1,5 +1,6 @@
 """A private run that is killed: what was reserved stays spent, what was released is not released again."""
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def settings(tiny_bert: Path, toy_data: Path) -> RunSettings:
     )
 
 
-def told(rows: list[LedgerEntry]) -> list[tuple[str, int, int]]:
+def steps(rows: list[LedgerEntry]) -> list[tuple[str, int, int]]:
     return [(row.state, row.round, row.attempt) for row in rows]
 
 
@@ -58,6 +59,9 @@ def expect_whole(registry: Registry, home: Path) -> None:
     known = Outside(logs=[home / LOG], secrets=TEXTS, orphans=1)
     assert not broken_promises(registry, RUN, known)
     versions = registry.versions("toy")
+    told = [version.recipe["privacy"] for version in versions]
+    clips = [(each["clip"], each["next_clip"]) for each in told if isinstance(each, dict)]
+    assert all(before[1] == after[0] != before[0] for before, after in itertools.pairwise(clips)), "the bound goes on"
     released = {row.round: row.release_sha256 for row in registry.ledger("toys") if row.state == "released"}
     assert {version.round_number: version.sha256 for version in versions}.items() <= released.items()
     assert len(released) == sum(row.state == "released" for row in registry.ledger("toys")), "released once a round"
@@ -87,11 +91,11 @@ def test_a_private_run_that_is_killed_spends_what_it_reserved_and_releases_nothi
     assert after[: len(before)] == before, "nothing is taken back"
     once = [(state, number, 1) for number in (1, 2, 3) for state in ("reserved", "released")]
     if place in BURNED:
-        assert told(after) == [*once[:3], ("burned", 2, 1), ("reserved", 2, 2), ("released", 2, 2), *once[4:]]
+        assert steps(after) == [*once[:3], ("burned", 2, 1), ("reserved", 2, 2), ("released", 2, 2), *once[4:]]
         return
-    assert told(after) == once
+    assert steps(after) == once
     if place in RELEASED:
-        assert told(before)[-1] == ("released", 2, 1), "it was written down, and so is published and not made again"
+        assert steps(before)[-1] == ("released", 2, 1), "it was written down, and so is published and not made again"
 
 
 def test_without_room_for_another_try_the_run_ends_and_keeps_what_it_has(
@@ -105,7 +109,7 @@ def test_without_room_for_another_try_the_run_ends_and_keeps_what_it_has(
         run = registry.run(RUN)
         assert (run.state, run.reason.partition(":")[0]) == ("failed", "PrivacyBudgetExhausted")
         assert [version.ref for version in registry.versions("toy")] == ["toy/1", "toy/2"]
-        assert told(registry.ledger("toys"))[-1] == ("released", 2, 2)
+        assert steps(registry.ledger("toys"))[-1] == ("released", 2, 2)
 
 
 @pytest.mark.parametrize("place", ["release-reserved", "release-settled"])

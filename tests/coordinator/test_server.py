@@ -11,9 +11,11 @@ import pytest
 
 from pomona.coordinator import launch
 from pomona.coordinator.following import follow
+from pomona.coordinator.launch import submit
 from pomona.coordinator.server import Server, _only_server, find_server
-from pomona.errors import ProcessDied, ProcessError, RunFailed
+from pomona.errors import ConfigError, ProcessDied, ProcessError, RunFailed
 from pomona.processes import free_ports
+from pomona.settings import RunSettings
 from pomona.storage.opening import open_registry
 from pomona.storage.registry import Registry
 
@@ -84,6 +86,15 @@ def test_a_run_that_flower_ended_and_nobody_wrote_down_has_failed(registry: Regi
 
     with pytest.raises(RunFailed, match="finished:failed"):
         follow(registry, "run-1", alive=ended, show=lambda _run: None)
+
+
+def test_a_run_that_hides_its_clients_needs_a_server_that_writes_nothing_down(tmp_path: Path) -> None:
+    privacy = {"unit": "client", "population": "p", "population_size": 9, "epsilon": 1e3, "delta": 1e-3}
+    settings = RunSettings.model_validate({"name": "toy", "privacy": privacy})
+    server = Server(pid=1, fleet="127.0.0.1:1", control="127.0.0.1:1", superlink_state="disk")
+    with pytest.raises(ConfigError, match="--superlink-state memory"):
+        submit(server, settings, run_id="run-1", folder=tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_server_starts_without_torch() -> None:
