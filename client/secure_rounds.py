@@ -27,6 +27,7 @@ class SecureRounds:
     def __init__(self) -> None:
         self._promised: dict[str, SecureSumPrivacy | None] = {}
         self._last: dict[str, tuple[int, int]] = {}
+        self._begun: dict[str, int] = {}  # sums, by run
         self._open: tuple[SumRequest, SecureSumClient, Shapes] | None = None
 
     def hold(self, invitation: Invitation) -> None:
@@ -63,7 +64,12 @@ class SecureRounds:
                 f"expected a sum after round {self._last[run_id][0]}, attempt {self._last[run_id][1]} of run {run_id}, "
                 f"got round {place[0]}, attempt {place[1]}"
             )
-        self._last[run_id] = place
+        if self._begun.get(run_id, 0) >= promised.sums:
+            raise ConfigError(
+                f"run {run_id} promised to ask for {promised.sums} sums, and asks for one more; each costs some "
+                "privacy, so begin another run, with more spare_rounds"
+            )
+        self._last[run_id], self._begun[run_id] = place, self._begun.get(run_id, 0) + 1
         into = shapes(promised.mechanism, manifest, training=request.invitation.training, rank=request.rank)
         terms = terms_of(promised, round_id=request.round_id, dimensions=sum(map(math.prod, into.values())))
         client = SecureSumClient(name, terms)

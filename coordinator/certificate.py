@@ -173,13 +173,14 @@ def _merged(events: Sequence[Event]) -> list[Event]:
 def _assumptions(plan: PrivacyPlan) -> tuple[str, ...]:
     if plan.unit == "example":
         return (
-            "each client runs the published code on its own machine, and one person is one example of one client",
+            "the coordinator asks for what it promised; each client runs the published code on its own machine",
+            "one person is one example of one client",
             "which examples a client drew stays on its machine",
             "that a client takes part, and who it is, is not hidden",
         )
     if plan.unit == "local":
         return (
-            "each client runs the published code on its own machine, which clips and noises what it sends",
+            "the coordinator asks for what it promised; each client runs the published code, which clips and noises",
             "each person is one client, under one name; that it takes part, and who it is, is not hidden",
         )
     if plan.secure_sum is not None:

@@ -80,8 +80,9 @@ class Roster:
         try:
             if kind == "refusal":
                 told = Refusal.model_validate_json(json)
-                why = "it declined, and its own log says why" if invitation.private else told.error
-                return Introduction(shown(told.name, node), excluded=why)
+                if invitation.private:
+                    return Introduction(shown("", node), excluded="it declined, and its own log says why")
+                return Introduction(shown(told.name, node), excluded=told.error)
             answer = Enrolled.model_validate_json(json)
         except ValidationError as error:
             problem = error.errors(include_url=False)[0]
@@ -118,7 +119,8 @@ class Roster:
         online: Collection[int],
     ) -> str:
         if answer.pomona_version != __version__:
-            return f"it runs pomona {answer.pomona_version}, the coordinator {__version__}"
+            theirs = "another version of pomona" if invitation.private else f"pomona {answer.pomona_version}"
+            return f"it runs {theirs}, the coordinator {__version__}"
         if answer.base_sha256 != invitation.base_sha256:
             return f"its base model has sha256 {answer.base_sha256[:12]}, the run's {invitation.base_sha256[:12]}"
         if not invitation.min_rank <= answer.rank <= invitation.max_rank:

@@ -153,6 +153,7 @@ class PrivateStrategy(LoraStrategy):
         self._below = self._above = 0
 
     def _add(self, client: str, reply: Reply) -> None:
+        self._round.nonces.clear()  # whether one counts must not depend on what another has sent
         update = self._verified(client, self._payload(client, reply))
         if client in self._counted:
             return

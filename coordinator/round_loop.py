@@ -373,14 +373,15 @@ class RoundLoop:
                 self._enrol(node, self._introduction(node, reply, online))
 
     def _introduction(self, node: int, reply: Reply, online: Sequence[int]) -> Introduction:
+        private = self._invitation.private  # what a client says in words may quote its data
         if isinstance(reply, PayloadError):
-            return self._roster.unreadable(node, str(reply))
+            return self._roster.unreadable(node, "its answer cannot be read" if private else str(reply))
         if reply.has_error():
             return self._roster.lost(node)
         try:
             kind, json, _ = unpack(reply)
         except PayloadError as error:
-            return self._roster.unreadable(node, str(error))
+            return self._roster.unreadable(node, "its answer cannot be read" if private else str(error))
         return self._roster.introduce(
             node, kind, json, invitation=self._invitation, training=self._settings.training, online=online
         )

@@ -1,13 +1,12 @@
 """Spending a population's privacy: each release is checked against the budget and written down as spent before it."""
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from pomona.errors import AdapterNotFound, ConfigError, PrivacyBudgetExhausted, RegistryDamaged, VersionConflict
+from pomona.errors import ConfigError, PrivacyBudgetExhausted, RegistryDamaged, VersionConflict
 from pomona.privacy.accounting import Event, epsilon
 from pomona.privacy.plan import PrivacyPlan, plan_of
 from pomona.settings import RunSettings
@@ -27,7 +26,6 @@ def check_privacy(registry: Registry, settings: RunSettings, *, run_id: str) -> 
         RegistryDamaged: The ledger is not whole.
     """
     plan = plan_of(settings)
-    _check_account(registry, plan)
     mine = [row for row in registry.ledger(plan.population) if row.run_id == run_id]
     if others := {(row.plan_sha256, row.library) for row in mine} - {(plan.sha256, plan.library)}:
         (sha256, library) = min(others)
@@ -38,20 +36,6 @@ def check_privacy(registry: Registry, settings: RunSettings, *, run_id: str) -> 
     if len({row.round for row in mine if row.state == "released"}) < settings.rounds:
         _check_goes_on(registry, plan, mine) if mine else check_run_fits(registry, plan, rounds=settings.rounds)
     return plan
-
-
-def _check_account(registry: Registry, plan: PrivacyPlan) -> None:
-    """Refuse an account of Gaussian releases for a population some of whose releases were sums of noise shares."""
-    if plan.accountant == "rdp":
-        return
-    for run_id in sorted({row.run_id for row in registry.ledger(plan.population)}):
-        with suppress(AdapterNotFound):
-            began = json.loads(registry.run(run_id).settings_json)
-            if (began.get("privacy") or {}).get("trust") == "distributed":
-                raise ConfigError(
-                    f"run {run_id} on {plan.population} had trust='distributed', whose noise is not quite Gaussian, so "
-                    f"accountant={plan.accountant!r} cannot count it; choose privacy.accountant='rdp'"
-                )
 
 
 def _check_goes_on(registry: Registry, plan: PrivacyPlan, mine: Sequence[LedgerEntry]) -> None:
@@ -66,6 +50,7 @@ def check_run_fits(registry: Registry, plan: PrivacyPlan, *, rounds: int) -> flo
     """Return what so many more rounds of a plan would have cost its population in the end.
 
     Raises:
+        ConfigError: Its releases do not add up with those that there were.
         PrivacyBudgetExhausted: More than its budget; nothing was spent.
         RegistryDamaged: The ledger is not whole.
     """
@@ -79,6 +64,7 @@ def reserve(registry: Registry, plan: PrivacyPlan, *, run_id: str, round_number:
     An earlier attempt at the round that released nothing stays spent.
 
     Raises:
+        ConfigError: It does not add up with the releases that there were.
         PrivacyBudgetExhausted: It would cost more than the budget.
         VersionConflict: Other runs on the population were first, 50 times.
         RegistryDamaged: The ledger is not whole.
@@ -92,6 +78,8 @@ def reserve(registry: Registry, plan: PrivacyPlan, *, run_id: str, round_number:
             run_id=run_id,
             round_number=round_number,
             attempt=attempt,
+            unit=plan.unit,
+            adjacency=plan.adjacency,
             plan_sha256=plan.sha256,
             epsilon=_cost(rows, plan, releases),
             delta=plan.delta,
@@ -121,8 +109,13 @@ def spent(rows: Sequence[LedgerEntry]) -> list[Event]:
     ]
 
 
-def whole_ledger(registry: Registry, population: str) -> list[LedgerEntry]:
+def whole_ledger(registry: Registry, population: str, *, releasing: bool = True) -> list[LedgerEntry]:
     """Return a population's ledger.
+
+    Args:
+        registry: Where it is.
+        population: Whose it is.
+        releasing: Compare it with what this machine has seen of it.
 
     Raises:
         RegistryDamaged: It is not whole, or shorter than this machine has seen it, so what was spent is not known.
@@ -133,7 +126,7 @@ def whole_ledger(registry: Registry, population: str) -> list[LedgerEntry]:
             f"the privacy ledger of {population} is not whole, so what was spent is not known: row {row.seq} "
             f"{found}; run `pomona registry verify`, and restore the ledger before anything is released"
         )
-    if reason := ledger_witness.objection(witness_folder(registry), population, rows):
+    if releasing and (reason := ledger_witness.objection(witness_folder(registry), population, rows)):
         raise RegistryDamaged(reason)
     return rows
 
@@ -143,7 +136,27 @@ def witness_folder(registry: Registry) -> Path:
     return registry.blobs.root.parent / ledger_witness.FOLDER
 
 
+def _check_kind(rows: Sequence[LedgerEntry], plan: PrivacyPlan) -> None:
+    """Refuse to add up what does not add up: other promises, or releases that were chosen in view of earlier ones.
+
+    Privacy random variables compose for releases that were fixed beforehand (Renyi divergences, and Gaussian releases
+    without sampling, for any), and another plan was made when something was out already.
+    """
+    if other := next((row for row in rows if (row.unit, row.adjacency) != (plan.unit, plan.adjacency)), None):
+        raise ConfigError(
+            f"the budget of {plan.population} is of releases that hide each {other.unit} ({other.adjacency}), and this "
+            f"run hides each {plan.unit} ({plan.adjacency}), which is another promise; name another privacy.population"
+        )
+    sampled = plan.amplified or any(row.sample_rate < 1.0 for row in rows)
+    if plan.accountant == "prv" and sampled and any(row.plan_sha256 != plan.sha256 for row in rows):
+        raise ConfigError(
+            f"{plan.population} has releases under another plan, so what comes now was chosen in view of them, which "
+            "accountant='prv' cannot count; choose privacy.accountant='rdp'"
+        )
+
+
 def _cost(rows: Sequence[LedgerEntry], plan: PrivacyPlan, releases: int) -> float:
+    _check_kind(rows, plan)
     budget = min([plan.budget, *(row.budget for row in rows)])
     delta = min([plan.delta, *(row.delta for row in rows)])
     events = [*spent(rows), *([replace(plan.event(), count=releases)] if releases else [])]

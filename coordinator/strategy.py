@@ -396,6 +396,8 @@ class LoraStrategy(Strategy):
         if client in self._round.accepted or update.nonce in self._round.nonces:
             raise UpdateRejected(client, "a second copy of an update that has been counted")
         verify_update(update, enrolment=asked, expected=expected)
+        if self._invitation.private and update.train_loss != 0.0:
+            raise UpdateRejected(client, "it states a training loss, which a private run takes from nobody")
         self._round.nonces.add(update.nonce)
         return update
 

@@ -201,6 +201,7 @@ def _distributed(settings: RunSettings, wanted: PrivacySettings, mechanism: SumM
         clip=wanted.clip,
         noise_multiplier=noise,
         fraction_bits=chosen.fraction_bits,
+        sums=settings.rounds + wanted.spare_rounds,
     )
     terms = terms_of(promised, round_id="plan", dimensions=1)  # refuses counts and grids that cannot be
     return PrivacyPlan(

@@ -122,9 +122,8 @@ def restore_backup(source: Path, home: Path, *, progress: Progress = lambda _don
     try:
         staging.mkdir(parents=True)
         manifest = _unpack(source, staging, progress)
-        with open_restored(staging) as restored:
-            populations = {row.population for row in restored.ledger()}
-        ledger_witness.mark_restored(staging / ledger_witness.FOLDER, populations)
+        open_restored(staging).close()
+        ledger_witness.mark_restored(staging / ledger_witness.FOLDER)
         staging.rename(home)
         _sync(home.parent)
     except (tarfile.TarError, EOFError) as error:

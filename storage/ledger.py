@@ -24,8 +24,8 @@ from pomona.storage.values import real
 START = "0" * 64
 _NUMBERS = ("epsilon", "delta", "budget", "noise_multiplier", "sample_rate")
 _FIELDS = (
-    "population", "seq", "at", "state", "run_id", "round", "attempt", "plan_sha256", "epsilon", "delta", "budget",
-    "noise_multiplier", "sample_rate", "releases", "library", "release_sha256", "previous",
+    "population", "seq", "at", "state", "run_id", "round", "attempt", "unit", "adjacency", "plan_sha256", "epsilon",
+    "delta", "budget", "noise_multiplier", "sample_rate", "releases", "library", "release_sha256", "previous",
 )  # fmt: skip
 
 
@@ -73,6 +73,8 @@ def reserve(connection: sa.Connection, new: Reservation, *, expected_head: str) 
             "run_id": new.run_id,
             "round": new.round_number,
             "attempt": new.attempt,
+            "unit": new.unit,
+            "adjacency": new.adjacency,
             "plan_sha256": new.plan_sha256,
             "releases": new.releases,
             "library": new.library,
@@ -100,7 +102,7 @@ def settle(connection: sa.Connection, reserved: LedgerEntry, *, release_sha256: 
         if (each.state, each.release_sha256) == (state, release_sha256):
             return each
         raise RegistryError(f"{_name(reserved)} is {each.state} already, and cannot be {state}")
-    same = ("population", "run_id", "round", "attempt", "plan_sha256", "releases", "library")
+    same = ("population", "run_id", "round", "attempt", "unit", "adjacency", "plan_sha256", "releases", "library")
     facts = {name: getattr(reserved, name) for name in (*same, *_NUMBERS)}
     last = _last(connection, reserved.population)
     return _append(connection, last, {**facts, "state": state, "release_sha256": release_sha256})

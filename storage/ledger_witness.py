@@ -1,14 +1,17 @@
 """What a machine has seen of privacy ledgers, kept outside the database.
 
 A database that is put back from a backup has a whole ledger that is too short: what was released after the backup is
-out in the world, and not in it. So the last reservation of each population is also a file beside the blobs. A registry
-that is restored into a new folder has no such file; there the restoring leaves a mark, and nothing is released until
-somebody says that nothing was released since the backup was made.
+out in the world, and not in it. So the last reservation of each population is also a file beside the blobs. A machine
+without such a file releases nothing on a ledger that has rows, and nothing at all on a registry that was restored,
+before somebody says that the ledger is the newest.
 """
 
+import fcntl
 import json
 import os
-from collections.abc import Collection, Sequence
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -17,19 +20,20 @@ from pomona.errors import BlobWriteError
 from pomona.storage.records import LedgerEntry
 
 FOLDER = "privacy"
+_RESTORED = ".restored"
 
 
 class Witness(BaseModel):
     """What was seen last.
 
     Attributes:
-        seq: Of the row.
+        seq: Of the row; 0: somebody has said that there is none.
         sha256: Of the row.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    seq: int = Field(ge=1)
+    seq: int = Field(ge=0)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
@@ -40,10 +44,10 @@ def keep(folder: Path, row: LedgerEntry) -> None:
         BlobWriteError: It cannot be written.
     """
     path = _path(folder, row.population)
-    seen = _read(path)
-    if isinstance(seen, Witness) and seen.seq >= row.seq:
-        return
-    _write(path, Witness(seq=row.seq, sha256=row.sha256).model_dump_json())
+    with _locked(folder):
+        seen = _read(path)
+        if not isinstance(seen, Witness) or seen.seq < row.seq:
+            _write(path, Witness(seq=row.seq, sha256=row.sha256).model_dump_json())
 
 
 def objection(folder: Path, population: str, rows: Sequence[LedgerEntry]) -> str:
@@ -54,17 +58,18 @@ def objection(folder: Path, population: str, rows: Sequence[LedgerEntry]) -> str
         population: Whose ledger it is.
         rows: It, whole by itself.
     """
-    if _mark(folder, population).exists():
-        return (
-            f"this registry was restored from a backup, and what population {population} has spent since is not in its "
-            f"ledger; if nothing was released after the backup, say so by `pomona privacy confirm {population}`"
-        )
     path = _path(folder, population)
     match _read(path):
-        case None:
+        case None if not rows and not (folder / _RESTORED).exists():
             return ""
+        case None:
+            return (
+                f"the privacy ledger of {population} has {len(rows)} rows, and this registry was restored from a "
+                "backup or this machine has not seen it yet; if nothing was released beyond them, say so by "
+                f"`pomona privacy confirm {population}`"
+            )
         case Witness(seq=seq, sha256=sha256):
-            if len(rows) >= seq and rows[seq - 1].sha256 == sha256:
+            if seq == 0 or (len(rows) >= seq and rows[seq - 1].sha256 == sha256):
                 return ""
             return (
                 f"the privacy ledger of {population} has {len(rows)} rows, and this machine has seen row {seq} "
@@ -75,22 +80,39 @@ def objection(folder: Path, population: str, rows: Sequence[LedgerEntry]) -> str
             return f"{path} cannot be read ({problem}), so it is not known whether the ledger is the newest"
 
 
-def mark_restored(folder: Path, populations: Collection[str]) -> None:
-    """Mark the ledgers of a registry that was restored.
+def mark_restored(folder: Path) -> None:
+    """Mark a registry as restored.
 
     Raises:
         BlobWriteError: It cannot be written.
     """
-    for population in populations:
-        _write(_mark(folder, population), json.dumps({"restored": True}))
+    _write(folder / _RESTORED, json.dumps({"restored": True}))
 
 
-def confirm(folder: Path, population: str) -> bool:
-    """Take away the mark of a restored ledger; return whether there was one."""
-    mark = _mark(folder, population)
-    found = mark.exists()
-    mark.unlink(missing_ok=True)
-    return found
+def confirm(folder: Path, population: str, rows: Sequence[LedgerEntry]) -> bool:
+    """Take somebody's word that a ledger is the newest; return whether there was any doubt.
+
+    Raises:
+        BlobWriteError: It cannot be written.
+    """
+    path = _path(folder, population)
+    if _read(path) is not None or not objection(folder, population, rows):
+        return False
+    last = Witness(seq=rows[-1].seq, sha256=rows[-1].sha256) if rows else Witness(seq=0, sha256="0" * 64)
+    _write(path, last.model_dump_json())
+    return True
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("a")
+    except OSError as error:
+        raise BlobWriteError(f"cannot write in {folder}: {error.strerror or error}; free space and go on") from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _read(path: Path) -> Witness | str | None:
@@ -105,7 +127,7 @@ def _read(path: Path) -> Witness | str | None:
 
 
 def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("w", encoding="utf-8") as file:
@@ -126,7 +148,3 @@ def _write(path: Path, text: str) -> None:
 
 def _path(folder: Path, population: str) -> Path:
     return folder / f"{population}.json"
-
-
-def _mark(folder: Path, population: str) -> Path:
-    return folder / f"{population}.restored"

@@ -371,6 +371,8 @@ class Reservation:
         run_id: The run that makes it.
         round_number: And the round.
         attempt: From 1; a round whose release came to nothing is tried again as another attempt, and paid again.
+        unit: Whose presence is hidden.
+        adjacency: Between which data: one budget is of one promise.
         plan_sha256: Hash of the plan that it is made under.
         epsilon: What all releases to this population cost with this one.
         delta: At which.
@@ -385,6 +387,8 @@ class Reservation:
     run_id: str
     round_number: int
     attempt: int
+    unit: str
+    adjacency: str
     plan_sha256: str
     epsilon: float
     delta: float
@@ -414,6 +418,8 @@ class LedgerEntry:
     run_id: str
     round: int
     attempt: int
+    unit: str
+    adjacency: str
     plan_sha256: str
     epsilon: float
     delta: float

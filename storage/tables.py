@@ -256,6 +256,8 @@ ledger = sa.Table(
     sa.Column("run_id", sa.String(100), nullable=False),
     sa.Column("round", sa.Integer, nullable=False),
     sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Column("unit", sa.String(20), nullable=False),
+    sa.Column("adjacency", sa.String(30), nullable=False),
     _sha256("plan_sha256"),
     sa.Column("epsilon", sa.Double, nullable=False),
     sa.Column("delta", sa.Double, nullable=False),

@@ -6,6 +6,8 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 
 from pomona.aggregation_settings import Fraction, Section, changed
 
+_LARGEST_DELTA = 1e-2
+
 Rank = Annotated[int, Field(ge=1, le=4096)]
 
 
@@ -104,6 +106,16 @@ class PrivacySettings(Section):
             raise ValueError("privacy.secure_sum goes with trust='distributed'; give that too, or leave it out")
         if self.ranks is not None and self.ranks[0] > self.ranks[1]:
             raise ValueError(f"expected privacy.ranks as [least, most], got {list(self.ranks)}")
+        return self
+
+    @model_validator(mode="after")
+    def _delta_of_others_is_small(self) -> Self:
+        if self.unit != "client" and self.delta > _LARGEST_DELTA:
+            raise ValueError(
+                f"privacy.delta={self.delta} lets one {self.unit if self.unit == 'example' else 'client'} in "
+                f"{1.0 / self.delta:.0f} be published whole; choose it far below one over their number, and at most "
+                f"{_LARGEST_DELTA:g}"
+            )
         return self
 
     @model_validator(mode="after")

@@ -48,6 +48,7 @@ class SecureSumPrivacy(_Record):
         clip: Bound on the norm of what one client contributes.
         noise_multiplier: What the account counts on: standard deviation of the noise over ``clip``, at least.
         fraction_bits: Of the grid that vectors are rounded to.
+        sums: So many are asked for in the run, whatever comes of them; each costs a client some of its privacy.
     """
 
     mechanism: SumMechanism
@@ -58,6 +59,7 @@ class SecureSumPrivacy(_Record):
     clip: PositiveFloat
     noise_multiplier: PositiveFloat
     fraction_bits: Annotated[int, Field(ge=0, le=52)]
+    sums: Annotated[int, Field(ge=1, le=2**31)]
 
 
 class Invitation(_Record):

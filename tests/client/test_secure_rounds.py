@@ -34,7 +34,7 @@ TRAINING = TrainingSettings(batch_size=8, max_steps=1, learning_rate=1e-2)
 NAMES = ("anna", "bert")
 PROMISED = SecureSumPrivacy(
     mechanism="ffa-nested", clients=2, threshold=2, least_survivors=2, colluding=0, clip=1.0, noise_multiplier=1.0,
-    fraction_bits=16,
+    fraction_bits=16, sums=3,
 )  # fmt: skip
 
 MakeProfile = Callable[..., Profile]
@@ -156,6 +156,7 @@ def test_no_sum_is_begun_twice(clients: dict[str, Trainer], invitation: Invitati
     for number, attempt in ((3, 1), (1, 3), (2, 9)):
         answer = told(anna, ADVERTISE, opening(invitation, number=number, attempt=attempt))
         assert "after round 3, attempt 1" in refused(answer)
+    assert "promised to ask for 3 sums" in refused(told(anna, ADVERTISE, opening(invitation, number=4)))
 
 
 def test_a_client_that_lost_its_secrets_takes_no_further_part(

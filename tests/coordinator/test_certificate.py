@@ -143,6 +143,8 @@ def test_a_restored_registry_releases_nothing_before_somebody_answers_for_it(
     with open_registry(restored) as again:
         with pytest.raises(RegistryDamaged, match="restored from a backup"):
             reserve(again, PLAN, run_id="run-1", round_number=2)
+        with pytest.raises(RegistryDamaged, match="restored from a backup"):
+            reserve(again, plan(population="laptops"), run_id="run-1", round_number=1)
         done = CliRunner().invoke(app, ["privacy", "confirm", "phones", "--home", str(restored)])
         assert done.exit_code == 0, done.output
         reserve(again, PLAN, run_id="run-1", round_number=2)

@@ -69,7 +69,7 @@ def expect_whole(registry: Registry, home: Path) -> None:
 
 UNSPENT = ("round-opened",)
 BURNED = ("release-reserved", "release-summed", "release-written")
-RELEASED = ("release-settled", "version-blob-written", "version-inserted")
+RELEASED = ("release-settled",)
 PUBLISHED = ("version-published",)
 
 

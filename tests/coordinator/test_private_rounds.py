@@ -8,12 +8,16 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from tests.coordinator.grid import Answer, InProcessGrid, Node, Reply
+from tests.coordinator.grid import Answer, InProcessGrid, Node, Reply, honest
 
 from pomona.adapters import AdapterWeights
 from pomona.client.trainer import Profile
+from pomona.coordinator.beginning import begin_run
+from pomona.coordinator.enrolment import Roster
 from pomona.coordinator.federation import run_federation
+from pomona.coordinator.private_strategy import PrivateStrategy
 from pomona.errors import ConfigError, PrivacyBudgetExhausted
+from pomona.manifest import AdapterManifest
 from pomona.privacy.dylora import rank_of_round
 from pomona.privacy.plan import plan_of
 from pomona.privacy.randomness import SecureRandom
@@ -270,6 +274,40 @@ def test_nothing_of_a_client_is_written_down(
         assert (each.cohort, each.accepted, each.bytes_up, each.bytes_down, each.seconds) == ((), 0, 0, 0, 30.0)
     assert {each.num_examples for each in registry.clients(RUN)} == {1}
     assert "train_loss" not in registry.resolve("toy/2").metrics
+    told = [record.getMessage() for record in caplog.records if record.name.startswith("pomona.coordinator")]
+    assert told
+    assert not [line for line in told if "client-" in line]
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_round_lasts_until_its_deadline_whoever_answers(
+    answers: bool, registry: Registry, make_settings: MakeSettings, make_profile: MakeProfile
+) -> None:
+    nodes = [Node(make_profile(i, count=3), trains=honest if answers else silent) for i in range(3)]
+    federate(nodes, make_settings(rounds=1, privacy={}, deadline_s=4.0), registry, lasting=True)
+    (only,) = registry.rounds(RUN)
+    assert only.closed_at is not None
+    assert (only.closed_at - only.opened_at).total_seconds() >= 4.0
+
+
+def test_a_round_that_is_tried_again_has_noise_that_takes_back_none_from_before(
+    registry: Registry, make_settings: MakeSettings, make_profile: MakeProfile
+) -> None:
+    """Else whoever has both could take the noise of one off the other."""
+    settings = make_settings(rounds=2, privacy={"noise_multiplier": 3.0, "bands": 2})
+    invitation = begin_run(registry, settings, run_id=RUN)
+    manifest = AdapterManifest(base_sha256="b" * 64, layers={"query": (60, 60)}, heads={})
+    strategy = PrivateStrategy(
+        settings=settings, plan=plan_of(settings), invitation=invitation, manifest=manifest, registry=registry,
+        roster=Roster(), weights=AdapterWeights(),
+    )  # fmt: skip
+    rows = [strategy._correlated(number, fresh=fresh) for number, fresh in ((1, False), (2, False), (2, True))]
+    flat = [torch.cat([each.flatten() for each in row.values()]) for row in rows if row is not None]
+    found = torch.corrcoef(torch.stack(flat))
+    tolerance = 5.0 / np.sqrt(len(flat[0]))
+    assert tolerance < 0.3
+    assert float(found[0, 1]) < -tolerance, "the second round takes some back"
+    assert float(found[2, :2].abs().max()) < tolerance, "tried again, it takes back none"
 
 
 def test_a_run_that_costs_more_than_the_budget_is_refused_before_anybody_is_asked(

@@ -91,7 +91,7 @@ def test_a_run_ends_with_an_error_when_all_clients_die(
 def test_a_server_that_was_killed_or_stopped_goes_on_where_it_was(
     kind: signal.Signals, terminal: Terminal, tmp_path: Path, tiny_bert: Path, toy_data: Path
 ) -> None:
-    home, rounds = tmp_path / "home", 5
+    home, rounds = tmp_path / "home", 3
     server, address = _serve(terminal, home)
     clients = [
         _join(terminal, address, f"site-{i}", write_rows(tmp_path / f"{i}.csv", toy_data, part=i, of=2), tiny_bert)

@@ -26,6 +26,8 @@ def reservation(number: int = 1, *, population: str = "phones", attempt: int = 1
         run_id="run-1",
         round_number=number,
         attempt=attempt,
+        unit="client",
+        adjacency="add-or-remove-one",
         plan_sha256="a" * 64,
         epsilon=epsilon,
         delta=1e-6,

@@ -26,7 +26,11 @@ def ledger(population: Population = "", *, home: Home = None, as_json: Json = Fa
             raise ConfigError(
                 f"there is no ledger of {population!r}; there are those of {', '.join(names) or 'nobody'}"
             )
-        rows = [row for name in ([population] if population else names) for row in whole_ledger(registry, name)]
+        rows = [
+            row
+            for name in ([population] if population else names)
+            for row in whole_ledger(registry, name, releasing=False)
+        ]
         if as_json:
             print_json([_row(row) for row in rows])
             return
@@ -49,7 +53,7 @@ def certificate(
         from pomona.coordinator.spending import whole_ledger  # noqa: PLC0415
 
         version = registry.resolve(ref)
-        told = certify(version, whole_ledger(registry, population_of(version)))
+        told = certify(version, whole_ledger(registry, population_of(version), releasing=False))
         if as_json:
             print_json(told.model_dump(mode="json"))
             return
@@ -57,27 +61,25 @@ def certificate(
 
 
 def confirm(
-    population: Annotated[str, typer.Argument(metavar="POPULATION", help="Whose ledger was restored.")],
+    population: Annotated[str, typer.Argument(metavar="POPULATION", help="Whose ledger it is.")],
     *,
     home: Home = None,
 ) -> None:
-    """Say that nothing was released to a population after the backup that this registry was restored from."""
+    """Say that a population's ledger is the newest, after a backup was restored or on a machine that is new to it."""
     with opened(home, as_json=False, writes=True) as registry:
         from pomona.coordinator.spending import witness_folder  # noqa: PLC0415
-        from pomona.storage.ledger_witness import confirm as take_away  # noqa: PLC0415
+        from pomona.storage.ledger_witness import confirm as take_word  # noqa: PLC0415
 
-        if not take_away(witness_folder(registry), population):
-            raise ConfigError(
-                f"the ledger of {population!r} was not restored from a backup, so there is nothing to say"
-            )
+        if not take_word(witness_folder(registry), population, registry.ledger(population)):
+            raise ConfigError(f"the ledger of {population!r} is not in doubt, or no word can help it")
         registry.log_event("privacy-ledger-confirmed", population)
-        console().print(f"{population}: releases go on where the backup ends")
+        console().print(f"{population}: releases go on where the ledger ends")
 
 
 def _row(row: "LedgerEntry") -> dict[str, object]:
     names = (
-        "population", "seq", "state", "run_id", "round", "attempt", "epsilon", "delta", "budget", "noise_multiplier",
-        "sample_rate", "releases", "library", "plan_sha256", "release_sha256", "sha256",
+        "population", "seq", "state", "run_id", "round", "attempt", "unit", "adjacency", "epsilon", "delta", "budget",
+        "noise_multiplier", "sample_rate", "releases", "library", "plan_sha256", "release_sha256", "sha256",
     )  # fmt: skip
     return {**{name: getattr(row, name) for name in names}, "at": row.at.isoformat()}
 

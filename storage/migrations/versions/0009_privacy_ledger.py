@@ -30,6 +30,8 @@ def upgrade() -> None:
         sa.Column("run_id", sa.String(100), nullable=False),
         sa.Column("round", sa.Integer, nullable=False),
         sa.Column("attempt", sa.Integer, nullable=False),
+        sa.Column("unit", sa.String(20), nullable=False),
+        sa.Column("adjacency", sa.String(30), nullable=False),
         sa.Column("plan_sha256", sa.String(64), nullable=False),
         sa.Column("epsilon", sa.Double, nullable=False),
         sa.Column("delta", sa.Double, nullable=False),
