@@ -7,7 +7,6 @@ import numpy as np
 
 from pomona import __version__
 from pomona.base_model import base_model_sha256, check_base_model, find_base_model, is_packaged, public_name
-from pomona.coordinator.spending import check_privacy
 from pomona.datasets import Dataset, check_labels, class_names, load_dataset
 from pomona.protocol import Invitation
 from pomona.settings import RunSettings
