@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,6 +12,9 @@ from pomona.datasets import Dataset, check_labels, class_names, load_dataset
 from pomona.protocol import Invitation
 from pomona.settings import RunSettings
 from pomona.storage.registry import Registry
+
+if TYPE_CHECKING:
+    from pomona.privacy.plan import PrivacyPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,14 @@ def load_trusted(settings: RunSettings, labels: Sequence[str]) -> Dataset:
     return dataset
 
 
+def _plan_of(registry: Registry, settings: RunSettings, *, run_id: str) -> "PrivacyPlan | None":
+    if settings.privacy is None:
+        return None
+    from pomona.coordinator.spending import check_privacy  # noqa: PLC0415 - imports torch, which a server needs not
+
+    return check_privacy(registry, settings, run_id=run_id)
+
+
 def begin_run(registry: Registry, settings: RunSettings, *, run_id: str) -> Invitation:
     """Record a run in the registry and return what its clients are told.
 
@@ -60,7 +72,7 @@ def begin_run(registry: Registry, settings: RunSettings, *, run_id: str) -> Invi
         PrivacyBudgetExhausted: Its rounds would cost its population more than its budget.
         DataError: The held-out data, or those that a defence trusts, cannot be used.
     """
-    plan = check_privacy(registry, settings, run_id=run_id) if settings.privacy is not None else None
+    plan = _plan_of(registry, settings, run_id=run_id)
     path = find_base_model(settings.model.base)
     if settings.model.sha256:
         check_base_model(path, expected_sha256=settings.model.sha256)

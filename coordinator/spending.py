@@ -1,5 +1,6 @@
 """Spending a population's privacy: each release is checked against the budget and written down as spent before it."""
 
+import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
@@ -14,6 +15,7 @@ from pomona.storage import ledger, ledger_witness
 from pomona.storage.records import LedgerEntry, Reservation
 from pomona.storage.registry import Registry
 
+_LOOKS, _LOOK_S = 5, 0.1
 _ATTEMPTS = 50  # runs on one population that write at once take turns
 
 
@@ -120,15 +122,20 @@ def whole_ledger(registry: Registry, population: str, *, releasing: bool = True)
     Raises:
         RegistryDamaged: It is not whole, or shorter than this machine has seen it, so what was spent is not known.
     """
-    rows = registry.ledger(population)
-    for row, found in ledger.broken(rows):
-        raise RegistryDamaged(
-            f"the privacy ledger of {population} is not whole, so what was spent is not known: row {row.seq} "
-            f"{found}; run `pomona registry verify`, and restore the ledger before anything is released"
-        )
-    if releasing and (reason := ledger_witness.objection(witness_folder(registry), population, rows)):
-        raise RegistryDamaged(reason)
-    return rows
+    folder, reason = witness_folder(registry), ""
+    for _ in range(_LOOKS):
+        before = ledger_witness.seen(folder, population)
+        rows = registry.ledger(population)
+        for row, found in ledger.broken(rows):
+            raise RegistryDamaged(
+                f"the privacy ledger of {population} is not whole, so what was spent is not known: row {row.seq} "
+                f"{found}; run `pomona registry verify`, and restore the ledger before anything is released"
+            )
+        reason = ledger_witness.objection(folder, population, rows, before) if releasing else ""
+        if not reason:
+            return rows
+        time.sleep(_LOOK_S)  # another run may have written its first row, and be about to remember it
+    raise RegistryDamaged(reason)
 
 
 def witness_folder(registry: Registry) -> Path:

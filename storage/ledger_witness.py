@@ -50,16 +50,22 @@ def keep(folder: Path, row: LedgerEntry) -> None:
             _write(path, Witness(seq=row.seq, sha256=row.sha256).model_dump_json())
 
 
-def objection(folder: Path, population: str, rows: Sequence[LedgerEntry]) -> str:
+def seen(folder: Path, population: str) -> Witness | str | None:
+    """Return what this machine has seen last, why that cannot be read, or None where it has seen nothing."""
+    return _read(_path(folder, population))
+
+
+def objection(folder: Path, population: str, rows: Sequence[LedgerEntry], before: Witness | str | None) -> str:
     """Return why a ledger cannot be believed, ``""`` where it can.
 
     Args:
         folder: Where the files are.
         population: Whose ledger it is.
         rows: It, whole by itself.
+        before: What had been seen of it before it was read; another run may write meanwhile.
     """
     path = _path(folder, population)
-    match _read(path):
+    match before:
         case None if not rows and not (folder / _RESTORED).exists():
             return ""
         case None:
@@ -96,7 +102,7 @@ def confirm(folder: Path, population: str, rows: Sequence[LedgerEntry]) -> bool:
         BlobWriteError: It cannot be written.
     """
     path = _path(folder, population)
-    if _read(path) is not None or not objection(folder, population, rows):
+    if _read(path) is not None or not objection(folder, population, rows, None):
         return False
     last = Witness(seq=rows[-1].seq, sha256=rows[-1].sha256) if rows else Witness(seq=0, sha256="0" * 64)
     _write(path, last.model_dump_json())

@@ -165,8 +165,9 @@ def test_a_witness_does_not_go_back(registry: Registry) -> None:
     reserve(registry, PLAN, run_id="run-1", round_number=2)
     folder = witness_folder(registry)
     ledger_witness.keep(folder, first)
-    assert ledger_witness.objection(folder, "phones", [first])
-    assert not ledger_witness.objection(folder, "phones", registry.ledger("phones"))
+    before = ledger_witness.seen(folder, "phones")
+    assert ledger_witness.objection(folder, "phones", [first], before)
+    assert not ledger_witness.objection(folder, "phones", registry.ledger("phones"), before)
 
 
 def test_ledger_and_certificate_are_told_to_people_and_machines(registry: Registry, home: Path) -> None:
