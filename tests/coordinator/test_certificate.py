@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -186,6 +187,37 @@ def test_a_witness_does_not_go_back(registry: Registry) -> None:
     before = ledger_witness.seen(folder, "phones")
     assert ledger_witness.objection(folder, "phones", [first], before)
     assert not ledger_witness.objection(folder, "phones", registry.ledger("phones"), before)
+
+
+def test_of_two_processes_that_remember_at_once_the_newer_row_stays(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The older row's writer is held up after it has looked, for as long as the newer one's could overtake it."""
+    older, newer = (reserve(registry, PLAN, run_id="run-1", round_number=number) for number in (1, 2))
+    folder = witness_folder(registry)
+    (folder / "phones.json").unlink()
+    looked, overtaken = threading.Event(), threading.Event()
+    read = ledger_witness._read
+
+    def slow(path: Path) -> ledger_witness.Witness | str | None:
+        found = read(path)
+        if threading.current_thread() is first:
+            looked.set()
+            overtaken.wait(0.3)
+        return found
+
+    def second() -> None:
+        looked.wait(5)
+        ledger_witness.keep(folder, newer)
+        overtaken.set()
+
+    monkeypatch.setattr(ledger_witness, "_read", slow)
+    first, other = threading.Thread(target=ledger_witness.keep, args=(folder, older)), threading.Thread(target=second)
+    for each in (first, other):
+        each.start()
+    for each in (first, other):
+        each.join()
+    assert ledger_witness.seen(folder, "phones") == ledger_witness.Witness(seq=newer.seq, sha256=newer.sha256)
 
 
 def test_ledger_and_certificate_are_told_to_people_and_machines(registry: Registry, home: Path) -> None:
