@@ -70,7 +70,7 @@ def forget_in_knowledge(
     found = forget_classes(encoder, classifier, examples, forget, settings=settings, seed=seed)
     edited = replace(knowledge, edits=(*knowledge.edits, found.adapter))
     retained = examples.subset(~examples.of(classifier.indices(forget)))
-    edited, stale = _renewed(encoder, knowledge, edited, retained)
+    edited, stale = _renewed(encoder, knowledge, edited, retained, forget)
     return MetRequest(edited, edited.without(tuple(forget)), found, stale)
 
 
@@ -108,7 +108,7 @@ def moved_statistics(kept: ClassStatistics, before: Tensor, after: Tensor) -> Cl
 
 
 def _renewed(
-    encoder: FrozenEncoder, before: Knowledge, after: Knowledge, retained: Examples
+    encoder: FrozenEncoder, before: Knowledge, after: Knowledge, retained: Examples, forget: Collection[str]
 ) -> tuple[Knowledge, tuple[str, ...]]:
     """Return the knowledge after an edit with its statistics moved along, and the names of sums that stay behind."""
     tasks, stale, start = [], [], 0
@@ -122,7 +122,7 @@ def _renewed(
             task,
             statistics=_moved(task.statistics, own, targets),
             first=_moved(task.first, first, targets),
-            ridge=_retaken(task, first[1], targets, before),
+            ridge=_retaken(task, first[1], targets, before, forget),
         )
         if task.ridge is not None and moved.ridge is None:
             stale.append(f"the ridge sums of task {task.number}")
@@ -142,11 +142,17 @@ def _moved(
     return tuple(moved_statistics(each, before[targets == i], after[targets == i]) for i, each in enumerate(statistics))
 
 
-def _retaken(task: TaskKnowledge, features: Tensor, targets: Tensor, knowledge: Knowledge) -> RidgeSums | None:
+def _retaken(
+    task: TaskKnowledge, features: Tensor, targets: Tensor, knowledge: Knowledge, forget: Collection[str]
+) -> RidgeSums | None:
     """Return a task's ridge sums over retained examples alone, where all of those are at hand; else None."""
-    counts = torch.bincount(targets, minlength=len(task.classes)).tolist()
-    whole = all(count in (0, each.count) for count, each in zip(counts, task.first, strict=True))
-    if task.ridge is None or knowledge.settings.head != "ridge" or not whole or not len(targets):
+    if task.ridge is None or knowledge.settings.head != "ridge":
         return None
+    counts = torch.bincount(targets, minlength=len(task.classes)).tolist()
+    wanted = [0 if label in forget else each.count for label, each in zip(task.classes, task.first, strict=True)]
+    if counts != wanted:
+        return None
+    if not any(wanted):
+        return task.ridge - task.ridge
     projection = random_projection(features.shape[1], knowledge.settings.ridge_dimensions, seed=knowledge.settings.seed)
     return ridge_sums(features, targets, projection=projection, classes=len(task.classes))

@@ -1,0 +1,192 @@
+"""Publish an edit: the version without the classes, its certificate, and quarantine for those before, at once.
+
+All three are one transaction, whoever trained the edit and on whose data. What a request leaves in use of what was
+trained on the examples is worked out here too, since the certificate says how far it holds.
+"""
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from pomona.continual.encoder import FrozenEncoder, States
+from pomona.continual.exactness import Verdict, exactness_of
+from pomona.continual.knowledge import Knowledge
+from pomona.continual.mos import predict
+from pomona.continual.requests import MetRequest
+from pomona.continual.verification import Assessment, assess
+from pomona.coordinator.increments import encode_increment
+from pomona.coordinator.memory import Memory, feature_adapter, recipe, state_of
+from pomona.storage.certificates import NewCertificate
+from pomona.storage.records import NewLearned, Parent, Version
+from pomona.storage.registry import Registry
+
+METHOD = "gs-lora"
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Right answers on each class; sums over examples, so those of several owners add up.
+
+    Attributes:
+        right: Of each class that has test examples.
+        counts: Those examples.
+    """
+
+    right: Mapping[str, int]
+    counts: Mapping[str, int]
+
+    def accuracies(self) -> dict[str, float]:
+        """Return the share of right answers on each class."""
+        return {label: self.right.get(label, 0) / count for label, count in self.counts.items()}
+
+    def accuracy(self, classes: Collection[str]) -> float:
+        """Return the share of right answers on all examples of some classes, of which one must have examples."""
+        there = [label for label in classes if label in self.counts]
+        return sum(self.right.get(label, 0) for label in there) / sum(self.counts[label] for label in there)
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """The knowledge after a request, and what shows how well it was met.
+
+    Attributes:
+        met: What was edited, and what is left without the classes.
+        before: Scores before the request.
+        edited: After it, with the classes' rows and statistics still there.
+        left: Of what is to be used.
+    """
+
+    met: MetRequest
+    before: Scores
+    edited: Scores
+    left: Scores
+
+
+def scores_of(encoder: FrozenEncoder, knowledge: Knowledge, states: States, labels: Sequence[str]) -> Scores:
+    """Score some knowledge on labelled examples; on a class that is not known no answer is right."""
+    answers = [knowledge.classes[i] for i in predict(encoder, knowledge, states).tolist()]
+    right = Counter(label for label, answer in zip(labels, answers, strict=True) if label == answer)
+    return Scores(right=right, counts=Counter(labels))
+
+
+def publish_edit(
+    registry: Registry, memory: Memory, classes: Sequence[str], edit: Edit, asked: Mapping[str, object]
+) -> Version:
+    """Publish what a request leaves.
+
+    Args:
+        registry: Open for writing.
+        memory: What was edited.
+        classes: That were to be forgotten.
+        edit: How.
+        asked: The request, as the recipe has it.
+
+    Raises:
+        VersionConflict: Somebody else published meanwhile.
+        BlobWriteError: The version could not be written; nothing was changed.
+    """
+    name, left, found = memory.version.adapter, edit.met.left, edit.met.forgotten
+    verdict, told = verdict_of(memory.knowledge, classes, edit.met.stale), _assessment(memory, classes, edit)
+    affected = [
+        version.ref
+        for version in registry.versions(name)
+        if set(classes) & set(map(str, _listed(version.recipe.get("knows"))))
+    ]
+    made = recipe(left, memory.stream, method=METHOD)
+    return registry.publish_learned(
+        NewLearned(
+            adapter=name,
+            payload=encode_increment(memory.state, state_of(left, (*memory.forgotten, *classes))),
+            base_sha256=memory.version.base_sha256,
+            base_model=memory.version.base_model,
+            base_source=registry.base_model_source(memory.version.base_sha256),
+            rank=feature_adapter(left).rank,
+            kind="forget",
+            exactness="behavioural" if verdict.exactness == "behavioural" else "approximate",
+            recipe={**made, "request": asked, "groups_changed": list(found.groups_changed)},
+            metrics=_metrics(memory, classes, edit, told),
+            expected_head=memory.version.ref,
+            parents=[Parent(ref=memory.version.ref, kind="forget")],
+        ),
+        certificate=NewCertificate(
+            adapter=name,
+            scope="class",
+            subjects=tuple(classes),
+            method=METHOD,
+            exactness=verdict.exactness,
+            reason=verdict.why,
+            evidence=_evidence(memory, classes, edit, told),
+            affected=affected,
+        ),
+        quarantined=affected,
+    )
+
+
+def verdict_of(knowledge: Knowledge, classes: Collection[str], stale: Collection[str]) -> Verdict:
+    """Return how far a request holds.
+
+    A later task starts from, and is merged towards, the adapters before it. Of the heads those count that answer.
+
+    Args:
+        knowledge: Before the request.
+        classes: That were to be forgotten.
+        stale: Names of sums that could not be renewed.
+    """
+    holders = [task for task in knowledge.tasks if set(classes) & set(task.classes)]
+    first = knowledge.tasks.index(holders[0])
+    heads = {
+        "aligned": ["the head over all classes"],
+        "combined": [f"the head of task {task.number}" for task in holders if set(task.classes) - set(classes)],
+    }
+    counting = [f"the ridge sums of task {task.number}" for task in holders]
+    found = exactness_of(
+        adapters=[*(f"the adapter of task {task.number}" for task in knowledge.tasks[first:]), "the forget-adapter"],
+        heads=heads.get(knowledge.settings.head, []),
+        sums=[name for name in counting if name in stale],
+    )
+    behind = ", ".join(name for name in stale if name not in counting)
+    return Verdict(found.exactness, f"{found.why}; {behind} are of features before the edit") if behind else found
+
+
+def _assessment(memory: Memory, classes: Sequence[str], edit: Edit) -> Assessment:
+    before, after = edit.before.accuracies(), edit.edited.accuracies()
+    return assess(before, after, edit.edited.counts, classes, memory.forgotten)
+
+
+def _kept(memory: Memory, classes: Sequence[str], scores: Scores) -> set[str]:
+    return set(scores.counts) - {*classes, *memory.forgotten}
+
+
+def _metrics(memory: Memory, classes: Sequence[str], edit: Edit, told: Assessment) -> dict[str, float]:
+    found = {
+        "accuracy": edit.left.accuracy(_kept(memory, classes, edit.left)),
+        "acc_forget": told.acc_forget,
+        "acc_retain": told.acc_retain,
+        "h_mean": told.h_mean,
+        "groups_total": float(edit.met.forgotten.groups_total),
+        "groups_changed": float(len(edit.met.forgotten.groups_changed)),
+    }
+    earlier = told.acc_forgotten_earlier
+    return found if earlier is None else {**found, "acc_forgotten_earlier": earlier}
+
+
+def _evidence(memory: Memory, classes: Sequence[str], edit: Edit, told: Assessment) -> dict[str, object]:
+    kept = _kept(memory, classes, edit.before)
+    return {
+        "accuracy on what was to be forgotten": {
+            "before": edit.before.accuracy(classes),
+            "edited": told.acc_forget,
+            "published": edit.left.accuracy(classes),
+        },
+        "accuracy on what is kept": {
+            "before": edit.before.accuracy(kept),
+            "edited": told.acc_retain,
+            "published": edit.left.accuracy(kept),
+        },
+        "blocks changed": list(edit.met.forgotten.groups_changed),
+        "sums of features before the edit": list(edit.met.stale),
+    }
+
+
+def _listed(value: object) -> Sequence[object]:
+    return value if isinstance(value, list) else ()
