@@ -37,11 +37,11 @@ from pomona.continual.heads import LinearHead, RidgeSums, random_projection, rid
 from pomona.continual.knowledge import Knowledge, TaskKnowledge, nothing_known
 from pomona.continual.learner import TaskData
 from pomona.continual.merging import mean_adapter, merge, merge_products, share_a
-from pomona.continual.mos_settings import MosSettings
 from pomona.continual.published import steps_weight
 from pomona.continual.statistics import GaussianClass, class_statistics
 from pomona.continual.training import AfterStep, fresh_adapter, train_adapter
 from pomona.errors import ConfigError, DataError
+from pomona.mos_settings import MosSettings
 from pomona.seeds import generator_of, seed_of
 
 
