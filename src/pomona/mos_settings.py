@@ -122,3 +122,38 @@ class MosSettings(Section):
     def keeps_ridge_sums(self) -> bool:
         """Whether the head needs sums of random features."""
         return self.head in ("ridge", "ridge-own")
+
+
+class StreamSettings(Section):
+    """Tasks that are learned one after another, each by rounds of its own.
+
+    Attributes:
+        tasks: The classes of each task, in the order in which they are learned.
+        classes_per_task: Instead of ``tasks``: so many of the classes of ``data`` a task, in an order drawn by the seed
+            of the run.
+        rounds_per_task: Rounds of training of each task's adapter; one more then sums up its features.
+        mos: How tasks are learned and answered; its seed is that of the run.
+    """
+
+    tasks: tuple[Annotated[tuple[str, ...], Field(min_length=1)], ...] = ()
+    classes_per_task: PositiveInt | None = None
+    rounds_per_task: PositiveInt = 3
+    mos: MosSettings = MosSettings()
+
+    @model_validator(mode="after")
+    def _tasks_are_known(self) -> Self:
+        if bool(self.tasks) == (self.classes_per_task is not None):
+            raise ValueError(
+                "give continual.tasks or continual.classes_per_task, and not both, to say what is learned together"
+            )
+        classes = [label for task in self.tasks for label in task]
+        if twice := sorted({label for label in classes if classes.count(label) > 1}):
+            raise ValueError(f"class {twice[0]!r} is twice in continual.tasks; a class is learned once")
+        if changed(self.mos, "seed"):
+            raise ValueError("continual.mos.seed: leave it out, the seed of the run is that of everything")
+        if self.mos.official_compat:
+            raise ValueError(
+                "continual.mos.official_compat overwrites stored adapters, which clients do not have; it is for "
+                "`pomona learn`"
+            )
+        return self
