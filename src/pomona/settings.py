@@ -276,8 +276,8 @@ def _unfit_for_tasks(settings: RunSettings) -> Iterator[str]:
         yield f"[continual] learns classes, got task={settings.task!r}; leave the section or the task out"
     if settings.privacy is not None:
         yield (
-            "[continual] and [privacy] do not go together: counts and sums of classes are exact, and nothing noises them "
-            "yet; leave one out"
+            "[continual] and [privacy] do not go together: counts and sums of classes are exact, and nothing noises "
+            "them yet; leave one out"
         )
     if settings.defence.kind != "none":
         kind = settings.defence.kind
