@@ -7,10 +7,9 @@ every round to the registry before the next one begins.
 
 import contextlib
 import logging
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
-import httpx
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
@@ -27,11 +26,7 @@ from pomona.coordinator.replies import collect
 from pomona.coordinator.strategy import Aggregate, LoraStrategy
 from pomona.coordinator.trusted import TrustedTrainer
 from pomona.errors import (
-    AlreadyCoordinated,
-    PomonaError,
-    RegistryUnavailable,
     RunFailed,
-    ServerGone,
 )
 from pomona.failpoints import reach
 from pomona.lora_model import AdaptedModel, Scores
@@ -45,16 +40,6 @@ from pomona.wire import decode_weights, encode_weights
 _log = logging.getLogger(__name__)
 
 _SENDINGS = 3  # of a round's work
-
-
-def cuts_off(error: BaseException) -> bool:
-    """Return whether an error ends only what this process does for a run, so that the run can go on as it is.
-
-    Flower turns the signals that stop a server into SystemExit.
-    """
-    if isinstance(error, RegistryUnavailable):
-        return error.passing
-    return isinstance(error, KeyboardInterrupt | SystemExit | ServerGone | AlreadyCoordinated | httpx.TransportError)
 
 
 class RoundLoop(Membership):
@@ -79,8 +64,8 @@ class RoundLoop(Membership):
         *,
         lasting: bool = True,
     ) -> None:
-        super().__init__(grid, settings, registry, invitation)
-        self._make_sure, self._lasting = make_sure, lasting
+        super().__init__(grid, settings, registry, invitation, make_sure)
+        self._lasting = lasting
         self._model = AdaptedModel(
             find_base_model(settings.model.base),
             task=settings.task,
@@ -190,18 +175,6 @@ class RoundLoop(Membership):
             reach("version-published")
         strategy.weights, strategy.parent = aggregate.combined.weights, version.ref
         return version
-
-    @contextlib.contextmanager
-    def _failing(self, number: int) -> Iterator[None]:
-        """Record an error that ends a round for good."""
-        try:
-            yield
-        except BaseException as error:
-            if not cuts_off(error) and not isinstance(error, ObjectPushError):
-                self._make_sure()
-                with contextlib.suppress(PomonaError):
-                    self._registry.fail_round(self._invitation.run_id, number, f"{type(error).__name__}: {error}")
-            raise
 
     def _collect(self, number: int, messages: Sequence[Message]) -> None:
         deadline_s = self._settings.cohort.round_deadline_s
