@@ -6,7 +6,7 @@ the client cannot do it says in a :class:`~pomona.protocol.Refusal`, never with 
 
 import logging
 import secrets
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from pydantic import ValidationError
@@ -47,6 +47,7 @@ _log = logging.getLogger(__name__)
 
 Answer = tuple[str, str, bytes]
 
+_MOST = 5  # classes that a message names
 _UNSAID = "this client's data cannot be used; its own log says why"
 
 
@@ -304,6 +305,8 @@ class Trainer:
             self._model = self._data = self._tasks = None  # let go of what another run needed
             path = find_base_model(_base(invitation, self._profile))
             check_base_model(path, expected_sha256=invitation.base_sha256)
+            if not len(dataset):
+                raise DataError(f"{dataset.source} has no examples of the run's classes: {_listed(invitation.labels)}")
             self._tasks = invitation, TaskWork(self._profile.name, invitation, path, dataset)
         return self._tasks[1]
 
@@ -345,7 +348,7 @@ def _checked_data(invitation: Invitation, profile: Profile) -> Dataset:
         )
     dataset = profile.load_data(invitation.task)
     if invitation.task == "classification":
-        if profile.required_privacy is not None:
+        if profile.required_privacy is not None or invitation.continual is not None:
             dataset = _known_only(dataset, invitation.labels)
         check_labels(dataset, invitation.labels)
     return dataset
@@ -354,7 +357,8 @@ def _checked_data(invitation: Invitation, profile: Profile) -> Dataset:
 def _known_only(dataset: Dataset, labels: Collection[str]) -> Dataset:
     """Leave out examples of labels that a run does not know.
 
-    A refusal would tell that there are such: by invitations of few labels, a coordinator would learn who is there.
+    A refusal would tell that there are such: by invitations of few labels, a coordinator would learn who is there. And
+    where tasks come one after another, those of other runs are in the same data.
     """
     known = dataset.subset(i for i, label in enumerate(dataset.labels) if label in labels)
     if len(known) < len(dataset):
@@ -371,3 +375,8 @@ def _base(invitation: Invitation, profile: Profile) -> str:
             "join with --model FOLDER that holds it"
         )
     return invitation.base
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MOST} more" if len(names) > _MOST else ""
+    return ", ".join(map(repr, names[:_MOST])) + more
