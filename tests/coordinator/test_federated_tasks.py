@@ -22,13 +22,14 @@ from pomona.continual.statistics import ClassStatistics
 from pomona.continual.tasks import Task
 from pomona.coordinator import task_loop
 from pomona.coordinator.beginning import begin_run
+from pomona.coordinator.client_removal import remove_client
 from pomona.coordinator.continual_settings import EncoderSettings
 from pomona.coordinator.federation import run_federation
 from pomona.coordinator.learning import LearnRequest, learn
 from pomona.coordinator.memory import recall
 from pomona.coordinator.predicting import predict
 from pomona.datasets import load_dataset
-from pomona.errors import DataError, ServerGone, VersionConflict
+from pomona.errors import DataError, ServerGone, VersionConflict, VersionQuarantined
 from pomona.protocol import SUMS, TASK
 from pomona.settings import RunSettings
 from pomona.storage.opening import open_registry
@@ -408,3 +409,23 @@ def test_rounds_and_tasks_do_not_go_on_from_each_other(
 
 
 _IMPORT = NewImport(adapter="other", payload=b"x", base_sha256="", base_model="tiny", base_source="a test", rank=1)
+
+
+def test_a_client_is_forgotten_with_the_tasks_that_it_had_a_part_in(
+    registry: Registry, make_settings: MakeSettings, make_nodes: MakeNodes
+) -> None:
+    """What is left is the task before, which can be learned on."""
+    nodes = make_nodes(2, lambda row, label: 0 if label in TASKS[0] else row % 2)
+    run_federation(InProcessGrid(nodes), make_settings(), registry, run_id=RUN)
+    before = recall(registry, "things/1").state
+    (removal,), updates = remove_client(registry, "client-1")
+    assert (removal.certificate.method, removal.certificate.exactness) == ("rollback", "exact")
+    assert (removal.rounds_lost, updates) == (1, 1)
+    left = recall(registry, "things")
+    assert (left.version.ref, left.version.kind, left.state.sha256()) == ("things/3", "forget", before.sha256())
+    with pytest.raises(VersionQuarantined):
+        recall(registry, "things/2")
+    more = make_settings(continual={"tasks": TASKS[1:], "rounds_per_task": 1, "mos": MOS})
+    (again,) = run_federation(InProcessGrid(make_nodes(1)), more, registry, run_id="run-2")
+    assert (again.ref, recall(registry, "things").knowledge.classes) == ("things/4", (*TASKS[0], *TASKS[1]))
+    assert verify(registry).problems == ()
