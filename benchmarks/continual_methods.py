@@ -15,7 +15,6 @@ import torch
 from continual_streams import ADAPTED_BLOCKS, Stream
 from torch import Tensor
 
-from pomona.continual.alignment import AlignmentSettings
 from pomona.continual.baselines.first_session import FirstSession
 from pomona.continual.baselines.joint import JointTraining
 from pomona.continual.baselines.nearest_class_mean import NearestClassMean
@@ -35,8 +34,7 @@ from pomona.continual.metrics import (
     last_accuracy,
 )
 from pomona.continual.mos import Mos, task_knowledge, train_task, with_task
-from pomona.continual.mos_settings import MosSettings
-from pomona.continual.training import LoopSettings
+from pomona.mos_settings import AlignmentSettings, LoopSettings, MosSettings
 
 EPOCHS = 3
 DIMENSIONS = 2000

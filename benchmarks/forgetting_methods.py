@@ -19,8 +19,8 @@ from pomona.continual.forget_baselines.retrain import RetrainSettings, retrain_w
 from pomona.continual.forget_baselines.scrub import ScrubSettings, forget_by_scrubbing
 from pomona.continual.forget_baselines.wrong_labels import WrongLabelSettings, forget_by_wrong_labels
 from pomona.continual.forgetting import ForgetSettings, Forgotten, forget_classes
-from pomona.continual.training import LoopSettings
 from pomona.datasets import Split, class_names, load_dataset
+from pomona.mos_settings import LoopSettings
 
 BLOCKS = 3  # adapted ones, from the top: the others' states are computed once, for all methods alike
 MAX_LENGTH = 32

@@ -26,7 +26,7 @@ from tests.conftest import write_tiny_bert, write_toy_data
 from tests.coordinator.grid import InProcessGrid
 from tests.invariants import Outside, broken_promises
 
-from pomona.coordinator import replies, round_loop
+from pomona.coordinator import membership, replies
 from pomona.coordinator.federation import run_federation
 from pomona.coordinator.replay import Replay
 from pomona.messages import unpack
@@ -95,7 +95,7 @@ def main(folder: Path, rounds: int) -> None:
     """Run, look, and check what is left."""
     for name in ("_task_id", "_run_id", "_node_id"):
         setattr(TaskIdentity, name, 1)
-    replies._POLL_S = round_loop._JOIN_POLL_S = 0.01
+    replies._POLL_S = membership._JOIN_POLL_S = 0.01
     model, data = write_tiny_bert(folder / "model"), write_toy_data(folder / "toy.csv")
     settings = settings_of(model, data, rounds)
     full = Shapes.of(manifest_of(model))

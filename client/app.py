@@ -24,5 +24,6 @@ def relay(message: Message, context: Context) -> Message:
 
 app.query()(relay)
 app.train()(relay)
-for _action in ("tell", "advertise", "share", "mask", "unmask"):
+app.train("task")(relay)
+for _action in ("tell", "advertise", "share", "mask", "unmask", "sums"):
     app.query(_action)(relay)

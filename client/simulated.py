@@ -72,7 +72,7 @@ def simulated_client(
     return JoinSettings(
         server=server,
         name=f"client-{number}",
-        rank=ranks[(number - 1) % len(ranks)],
+        rank=ranks[(number - 1) % len(ranks)] if settings.continual is None else settings.continual.mos.rank,
         data=str(data),
         model="" if is_packaged(base) else base,
         root_certificates=root_certificates,

@@ -6,7 +6,7 @@ the client cannot do it says in a :class:`~pomona.protocol.Refusal`, never with 
 
 import logging
 import secrets
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from pydantic import ValidationError
@@ -18,6 +18,7 @@ from pomona.batches import Encoded
 from pomona.client.capacity import Budget, choose_rank
 from pomona.client.required_privacy import RequiredPrivacy, accept, pay
 from pomona.client.secure_rounds import SecureRounds
+from pomona.client.task_work import TaskWork
 from pomona.client.train import Trained, train_locally
 from pomona.datasets import Dataset, check_labels
 from pomona.errors import BaseModelError, ConfigError, DataError, PayloadError, PomonaError
@@ -25,7 +26,20 @@ from pomona.logs import bind
 from pomona.lora_model import AdaptedModel
 from pomona.privacy.secure_sum.records import Roster, UnmaskRequest
 from pomona.privacy.secure_sum.requests import MaskRequest, SumRequest
-from pomona.protocol import ENROL, TELL, TRAIN, Enrolled, Exclusion, Invitation, TrainRequest, refusal
+from pomona.protocol import (
+    ENROL,
+    SUMS,
+    TASK,
+    TELL,
+    TRAIN,
+    Enrolled,
+    Exclusion,
+    Invitation,
+    TaskSums,
+    TaskTraining,
+    TrainRequest,
+    refusal,
+)
 from pomona.seeds import fresh_a, seed_of
 from pomona.wire import Factor, decode_weights, encode_update
 
@@ -33,6 +47,7 @@ _log = logging.getLogger(__name__)
 
 Answer = tuple[str, str, bytes]
 
+_MOST = 5  # classes that a message names
 _UNSAID = "this client's data cannot be used; its own log says why"
 
 
@@ -66,11 +81,12 @@ class Trainer:
         self._data: tuple[Invitation, Encoded] | None = None
         self._measured: tuple[Invitation, int] | None = None
         self._sums = SecureRounds()
+        self._tasks: tuple[Invitation, TaskWork] | None = None
 
     def become(self, profile: Profile) -> None:
         """Answer for another client from now on; the model stays, the data go."""
         if profile.name != self._profile.name:
-            self._data = self._measured = None
+            self._data = self._measured = self._tasks = None
             self._sums = SecureRounds()
         self._profile = profile
 
@@ -78,7 +94,7 @@ class Trainer:
         """Answer one request.
 
         Args:
-            kind: Type of message: to enrol, to train, or a stage of a secure sum.
+            kind: Type of message: to enrol, to train, to work on a task, or a stage of a secure sum.
             json: The record.
             payload: The global adapter, where one is trained on.
 
@@ -94,12 +110,19 @@ class Trainer:
                 return self._train(request, payload)
             if kind == TELL:
                 return self._told(Exclusion.model_validate_json(json))
-            return self._summed(kind, json, payload)
+            return (self._task if kind in {TASK, SUMS} else self._summed)(kind, json, payload)
         except ValidationError as error:
             reason = f"the coordinator's request is malformed: {error.errors(include_url=False)[0]['msg']}"
             return self._refuse(reason)
         except PomonaError as error:
             return self._refuse(str(error), quotes_data=isinstance(error, DataError))
+
+    def _task(self, kind: str, json: str, payload: bytes) -> Answer:
+        """Train a round of a task, or sum its features."""
+        request = TaskTraining.model_validate_json(json) if kind == TASK else TaskSums.model_validate_json(json)
+        bind(client=self._profile.name, run_id=request.invitation.run_id, round=request.task_number)
+        work = self._task_work(request.invitation)
+        return work.train(request, payload) if isinstance(request, TaskTraining) else work.sums(request, payload)
 
     def _summed(self, kind: str, json: str, payload: bytes) -> Answer:
         """Answer a stage of a secure sum."""
@@ -147,12 +170,12 @@ class Trainer:
         return "told", "{}", b""
 
     def _enrol(self, invitation: Invitation) -> Answer:
-        model, data = self._prepare(invitation)
+        rank, examples, base_sha256 = self._stated(invitation)
         answer = Enrolled(
             name=self._profile.name,
-            rank=self._rank(invitation, model, data),
-            num_examples=1 if invitation.private else len(data),
-            base_sha256=model.manifest.base_sha256,
+            rank=rank,
+            num_examples=1 if invitation.private else examples,
+            base_sha256=base_sha256,
             pomona_version=__version__,
         )
         _log.info(
@@ -160,9 +183,17 @@ class Trainer:
             answer.name,
             invitation.run_id,
             answer.rank,
-            len(data),
+            examples,
         )
         return "enrolled", answer.model_dump_json(), b""
+
+    def _stated(self, invitation: Invitation) -> tuple[int, int, str]:
+        """Return what the client says of itself: its rank, its number of examples and the hash of its base model."""
+        if invitation.continual is not None:
+            work = self._task_work(invitation)
+            return invitation.continual.rank, len(work), work.base_sha256
+        model, data = self._prepare(invitation)
+        return self._rank(invitation, model, data), len(data), model.manifest.base_sha256
 
     def _train(self, request: TrainRequest, payload: bytes) -> Answer:
         model, data = self._prepare(request.invitation)
@@ -261,6 +292,24 @@ class Trainer:
             self._data = invitation, encoded
         return self._load_model(invitation), self._data[1]
 
+    def _task_work(self, invitation: Invitation) -> TaskWork:
+        """Return the encoder and the client's data, for a run that learns task after task; loaded once per run.
+
+        Raises:
+            As :meth:`_prepare`.
+        """
+        if self._profile.required_privacy is not None:
+            accept(self._profile.required_privacy, invitation)
+        if self._tasks is None or self._tasks[0] != invitation:
+            dataset = _checked_data(invitation, self._profile)
+            self._model = self._data = self._tasks = None  # let go of what another run needed
+            path = find_base_model(_base(invitation, self._profile))
+            check_base_model(path, expected_sha256=invitation.base_sha256)
+            if not len(dataset):
+                raise DataError(f"{dataset.source} has no examples of the run's classes: {_listed(invitation.labels)}")
+            self._tasks = invitation, TaskWork(self._profile.name, invitation, path, dataset)
+        return self._tasks[1]
+
     def _load_model(self, invitation: Invitation) -> AdaptedModel:
         if self._model is None or self._model[0] != invitation:
             self._model = None  # let go of the old model before the next one is loaded
@@ -288,7 +337,7 @@ def _checked_data(invitation: Invitation, profile: Profile) -> Dataset:
         raise ConfigError(
             f"the coordinator runs pomona {invitation.pomona_version}, this client {__version__}; install the same"
         )
-    if profile.rank is not None and profile.rank > invitation.max_rank:
+    if profile.rank is not None and profile.rank > invitation.max_rank and invitation.continual is None:
         raise ConfigError(
             f"expected a rank of at most max_rank={invitation.max_rank}, got {profile.rank}; join with a lower --rank"
         )
@@ -299,7 +348,7 @@ def _checked_data(invitation: Invitation, profile: Profile) -> Dataset:
         )
     dataset = profile.load_data(invitation.task)
     if invitation.task == "classification":
-        if profile.required_privacy is not None:
+        if profile.required_privacy is not None or invitation.continual is not None:
             dataset = _known_only(dataset, invitation.labels)
         check_labels(dataset, invitation.labels)
     return dataset
@@ -308,7 +357,8 @@ def _checked_data(invitation: Invitation, profile: Profile) -> Dataset:
 def _known_only(dataset: Dataset, labels: Collection[str]) -> Dataset:
     """Leave out examples of labels that a run does not know.
 
-    A refusal would tell that there are such: by invitations of few labels, a coordinator would learn who is there.
+    A refusal would tell that there are such: by invitations of few labels, a coordinator would learn who is there. And
+    where tasks come one after another, those of other runs are in the same data.
     """
     known = dataset.subset(i for i, label in enumerate(dataset.labels) if label in labels)
     if len(known) < len(dataset):
@@ -325,3 +375,8 @@ def _base(invitation: Invitation, profile: Profile) -> str:
             "join with --model FOLDER that holds it"
         )
     return invitation.base
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MOST} more" if len(names) > _MOST else ""
+    return ", ".join(map(repr, names[:_MOST])) + more

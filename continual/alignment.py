@@ -12,36 +12,14 @@ ICCV 2023, section 3.3 (https://arxiv.org/abs/2303.05118); MOS, eq. 6.
 """
 
 from collections.abc import Sequence
-from typing import Annotated
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from pomona.aggregation_settings import Section
 from pomona.continual.heads import LinearHead
 from pomona.continual.statistics import GaussianClass
 from pomona.errors import DataError
-
-
-class AlignmentSettings(Section):
-    """How a head is aligned.
-
-    Attributes:
-        epochs: Passes, each over features of its own.
-        samples_per_class: Features drawn of each class for a pass.
-        batch_size: Features for an optimiser step.
-        learning_rate: At first; it falls to 0 along a cosine.
-        momentum: Of the steps.
-        weight_decay: Pulls weights to 0.
-    """
-
-    epochs: PositiveInt = 10
-    samples_per_class: PositiveInt = 64
-    batch_size: PositiveInt = 128
-    learning_rate: PositiveFloat = 0.03
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    weight_decay: Annotated[float, Field(ge=0, lt=1)] = 5e-4
+from pomona.mos_settings import AlignmentSettings
 
 
 def aligned_head(

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from pomona.continual.encoder import NO_ADAPTER, Adapter
 from pomona.continual.heads import CosineHead, LinearHead, RidgeSums
-from pomona.continual.mos_settings import MosSettings
 from pomona.continual.packing import (
     adapter_from_tensors,
     adapter_to_tensors,
@@ -31,6 +30,7 @@ from pomona.continual.statistics import ClassStatistics
 from pomona.continual.tasks import Task
 from pomona.continual.training import stacked
 from pomona.errors import DataError, PayloadError
+from pomona.mos_settings import MosSettings
 
 Facts = dict[str, object]
 Parts = tuple[dict[str, Tensor], Facts]

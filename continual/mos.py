@@ -13,8 +13,8 @@ adapter, which are exact sums, and asks the adapters of likely tasks only to tel
     log p(c | x) ~ log softmax(g(f(x; theta_1)) / tau)_c + w log softmax(z_k(x; theta_k))_c,       k the task of c
 
 What is known is a frozen record (:class:`~pomona.continual.knowledge.Knowledge`); learning returns another, and
-answering changes nothing. One task's part can be made from examples spread over clients: statistics add up, and adapter
-and head may come from anywhere.
+answering changes nothing. One task's part can be made from examples that are spread over clients, see
+:mod:`pomona.continual.share`.
 
 A task of a single class has nothing to tell apart, so its adapter is the mean of the earlier ones, untrained.
 
@@ -33,16 +33,15 @@ from pomona.continual.alignment import aligned_head
 from pomona.continual.answering import Answerer
 from pomona.continual.discriminant import normal_classes
 from pomona.continual.encoder import Adapter, FrozenEncoder, States
-from pomona.continual.heads import LinearHead, RidgeSums, random_projection, ridge_sums
+from pomona.continual.heads import LinearHead
 from pomona.continual.knowledge import Knowledge, TaskKnowledge, nothing_known
 from pomona.continual.learner import TaskData
-from pomona.continual.merging import mean_adapter, merge, merge_products, share_a
-from pomona.continual.mos_settings import MosSettings
-from pomona.continual.published import steps_weight
-from pomona.continual.statistics import GaussianClass, class_statistics
-from pomona.continual.training import AfterStep, fresh_adapter, train_adapter
+from pomona.continual.merging import merge_products
+from pomona.continual.share import round_seed, summed_share, task_start, train_share
+from pomona.continual.statistics import GaussianClass
 from pomona.errors import ConfigError, DataError
-from pomona.seeds import generator_of, seed_of
+from pomona.mos_settings import MosSettings
+from pomona.seeds import generator_of
 
 
 def learn_task(encoder: FrozenEncoder, knowledge: Knowledge, data: TaskData, settings: MosSettings) -> Knowledge:
@@ -75,23 +74,10 @@ def train_task(encoder: FrozenEncoder, knowledge: Knowledge, data: TaskData) -> 
     """
     targets, settings = _own_targets(knowledge, data), knowledge.settings
     earlier = [task.adapter for task in knowledge.tasks]
-    head = LinearHead.zeros(len(data.task.classes), encoder.width)
-    start = _start(encoder, earlier, settings)
-    if len(data.task.classes) == 1:
-        return (mean_adapter(earlier) if earlier and share_a(earlier) else start), head
-    together = bool(earlier) and share_a([start, *earlier])
-    adapter, head = train_adapter(
-        encoder,
-        data.states,
-        targets,
-        start=start,
-        head=head,
-        settings=settings.training,
-        seed=seed_of("mos", settings.seed, data.task.number),
-        frozen=knowledge.edit,
-        after_step=_merging(mean_adapter(earlier), settings) if together and settings.merge_weight else None,
-    )
-    if earlier and settings.merge_weight and not together:
+    start = task_start(encoder, knowledge, classes=len(data.task.classes))
+    seed = round_seed(settings, task=data.task.number)
+    adapter, head = train_share(encoder, start, data.states, targets, settings=settings, seed=seed)
+    if earlier and settings.merge_weight and start.towards is None and head.classes > 1:
         adapter, _ = merge_products(adapter, earlier, weight=settings.merge_weight, rank=settings.rank)
     return adapter, head
 
@@ -111,27 +97,13 @@ def task_knowledge(
     Raises:
         DataError: A target is none of the task's classes, or a class is known already.
     """
-    targets, settings, count = _own_targets(knowledge, data), knowledge.settings, len(data.task.classes)
+    targets = _own_targets(knowledge, data)
     empty = TaskKnowledge(data.task.number, (), adapter, LinearHead.zeros(0, encoder.width), (), ())
     extended = dataclasses.replace(knowledge, tasks=(*knowledge.tasks, empty))
     features = Answerer(encoder, extended).features
     own = features(len(knowledge.tasks), data.states)
     first = features(0, data.states) if knowledge.tasks else own
-    ridge: RidgeSums | None = None
-    if settings.keeps_ridge_sums:
-        projection = random_projection(encoder.width, settings.ridge_dimensions, seed=settings.seed)
-        ridge = ridge_sums(
-            own if settings.head == "ridge-own" else first, targets, projection=projection, classes=count
-        )
-    return TaskKnowledge(
-        number=data.task.number,
-        classes=data.task.classes,
-        adapter=adapter,
-        head=head,
-        statistics=class_statistics(own, targets, range(count), moments=settings.moments),
-        first=class_statistics(first, targets, range(count), moments=settings.moments),
-        ridge=ridge,
-    )
+    return summed_share(own, first, targets, task=data.task, trained=(adapter, head), settings=knowledge.settings)
 
 
 def with_task(knowledge: Knowledge, task: TaskKnowledge) -> Knowledge:
@@ -216,16 +188,3 @@ def _own_targets(knowledge: Knowledge, data: TaskData) -> Tensor:
             f"for the classes of task {data.task.number}, got {sorted(set(data.targets.tolist()))[:5]}"
         )
     return targets
-
-
-def _start(encoder: FrozenEncoder, earlier: list[Adapter], settings: MosSettings) -> Adapter:
-    if earlier and settings.start == "warm":
-        return earlier[-1]
-    return fresh_adapter(encoder, rank=settings.rank, alpha=settings.alpha, seed=settings.seed)
-
-
-def _merging(towards: Adapter, settings: MosSettings) -> AfterStep:
-    weight = settings.merge_weight
-    if settings.official_compat:
-        weight = steps_weight(weight, settings.adapted_blocks + 1)
-    return lambda adapter: merge(adapter, towards, weight=weight)

@@ -16,14 +16,13 @@ data where the examples are.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from pomona.errors import DataError, PayloadError
-
-Moments = Literal["full", "diagonal"]
+from pomona.mos_settings import Moments
 
 _JITTER = 1e-10  # of the mean variance: lets a singular covariance be factored
 

@@ -10,48 +10,21 @@ is done after a step. Everything is a function of its arguments; the same argume
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from pomona.adapters import LoraFactors
-from pomona.aggregation_settings import Section
 from pomona.batches import batch_indices
 from pomona.continual.encoder import NO_ADAPTER, Adapter, FrozenEncoder, States
 from pomona.continual.heads import LinearHead
 from pomona.errors import ConfigError
+from pomona.mos_settings import LoopSettings
 from pomona.seeds import fresh_a, seed_of
 
 AfterStep = Callable[[Adapter], Adapter]
-
-
-class LoopSettings(Section):
-    """How long and how fast an adapter and its head are trained.
-
-    Attributes:
-        epochs: Passes over the task's examples, at least.
-        min_steps: Optimiser steps, at least: few examples are passed more often.
-        max_steps: Optimiser steps, at most.
-        batch_size: Examples for a step.
-        learning_rate: Of the adapter, at first; falls to 0 along a cosine.
-        head_learning_rate: Of the head.
-        weight_decay: Pulls both to 0.
-    """
-
-    epochs: PositiveInt = 4
-    min_steps: NonNegativeInt = 60
-    max_steps: PositiveInt = 1000
-    batch_size: PositiveInt = 32
-    learning_rate: PositiveFloat = 5e-3
-    head_learning_rate: PositiveFloat = 1e-2
-    weight_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
-
-    def steps(self, examples: int) -> int:
-        """Return how many optimiser steps so many examples are trained for."""
-        return min(max(self.epochs * math.ceil(examples / self.batch_size), self.min_steps), self.max_steps)
 
 
 def fresh_adapter(encoder: FrozenEncoder, *, rank: int, alpha: float, seed: int) -> Adapter:

@@ -9,6 +9,7 @@ import numpy as np
 from pomona import __version__
 from pomona.base_model import base_model_sha256, check_base_model, find_base_model, is_packaged, public_name
 from pomona.datasets import Dataset, check_labels, class_names, load_dataset
+from pomona.errors import DataError
 from pomona.privacy.promises import example_promise, local_promise
 from pomona.protocol import Invitation
 from pomona.settings import RunSettings
@@ -41,7 +42,22 @@ def load_held_out(settings: RunSettings) -> HeldOut:
     labels = data.labels
     if task == "classification" and not labels:
         labels = class_names(load_dataset(data.source, split=None, task=task))
+    if settings.continual is not None:
+        return HeldOut(held_out, _labels_of_tasks(settings, labels, held_out))
     return HeldOut(held_out, labels if task == "classification" else ())
+
+
+def _labels_of_tasks(settings: RunSettings, labels: Sequence[str], held_out: Dataset) -> tuple[str, ...]:
+    from pomona.coordinator.task_stream import tasks_of  # noqa: PLC0415 - imports torch, which a server needs not
+
+    tasks = tasks_of(settings, labels)
+    for task in tasks:
+        if not set(task.classes) & set(held_out.labels):
+            raise DataError(
+                f"{held_out.source} has no held-out rows of task {task.number} to "
+                f"score it by ({', '.join(task.classes[:5])}); add some, or raise data.evaluation_examples"
+            )
+    return tuple(label for task in tasks for label in task.classes)
 
 
 def load_trusted(settings: RunSettings, labels: Sequence[str]) -> Dataset:
@@ -83,8 +99,13 @@ def begin_run(registry: Registry, settings: RunSettings, *, run_id: str) -> Invi
         load_trusted(settings, held_out.labels)
     registry.add_base_model(sha256, public_name(settings.model.base), settings.model.base)
     registry.start_run(
-        run_id=run_id, adapter=settings.name, base_sha256=sha256, settings_json=settings.model_dump_json()
+        run_id=run_id,
+        adapter=settings.name,
+        base_sha256=sha256,
+        settings_json=settings.model_dump_json(),
+        learns=settings.continual is not None,
     )
+    mos = None if settings.continual is None else settings.continual.mos.model_copy(update={"seed": settings.seed})
     return Invitation(
         run_id=run_id,
         pomona_version=__version__,
@@ -94,11 +115,12 @@ def begin_run(registry: Registry, settings: RunSettings, *, run_id: str) -> Invi
         target_modules=settings.model.target_modules,
         max_length=settings.model.max_length,
         labels=held_out.labels,
-        max_rank=settings.aggregation.max_rank,
-        min_rank=settings.aggregation.rank or 1,
+        max_rank=mos.rank if mos else settings.aggregation.max_rank,
+        min_rank=mos.rank if mos else settings.aggregation.rank or 1,
         training=settings.training,
         private=plan is not None,
         example_privacy=example_promise(plan),
         local_privacy=local_promise(plan),
         secure_sum=plan.secure_sum if plan else None,
+        continual=mos,
     )

@@ -4,7 +4,8 @@ With ``v_1 ... v_T`` the versions of an adapter and ``v_k`` the first that an up
 
 * ``drop-block``: round ``k`` is aggregated again without the client. The others trained on ``v_{k-1}``, which it never
   touched, so the result is what a run would have published in which it did not answer, to the byte;
-* ``rollback``: ``v_{k-1}`` itself, where round ``k`` cannot be made again, or would have failed without the client.
+* ``rollback``: ``v_{k-1}`` itself, where round ``k`` cannot be made again, or would have failed without the client, or
+  is a task: its sums could be taken out, but its adapter was trained with the client's.
 
 The rounds after ``k`` are lost: others trained them on what the client had a part in, so their blocks carry it, and no
 algebra takes it out. Training goes on from the new version. What was made under client-level differential privacy
@@ -21,6 +22,8 @@ from itertools import groupby
 
 from pomona.adapters import AdapterWeights
 from pomona.coordinator.certificate import certify, population_of
+from pomona.coordinator.increments import collect, encode_increment
+from pomona.coordinator.memory import KINDS, StreamRecord
 from pomona.coordinator.recovery import coordinated, settings_of
 from pomona.coordinator.replay import Replay, weights_of
 from pomona.coordinator.round_loop import exactness_of
@@ -124,7 +127,7 @@ def _remedy(registry: Registry, client: str, touched: Sequence[Version]) -> _Rem
     except _IMPOSSIBLE as error:
         why = str(error)
     earlier = [each for each in registry.versions(first.adapter) if each.number < first.number and not each.quarantined]
-    lost = sum(each.kind == "round" for each in affected)
+    lost = sum(each.kind in {"round", "task"} for each in affected)
     evidence: dict[str, object] = {"why_no_block_was_dropped": why, "rounds_lost": lost, **_before(affected)}
     if not earlier:
         reason = f"{client} is in every version of {first.adapter}, so nothing is left: {why}"
@@ -132,12 +135,29 @@ def _remedy(registry: Registry, client: str, touched: Sequence[Version]) -> _Rem
     back = earlier[-1]
     reason = f"{back.ref} was published before {client} had a part in {first.adapter}; {lost} rounds are lost"
     evidence |= {"rolled_back_to": back.ref, **{f"{key}_after": value for key, value in _scores(back.metrics).items()}}
-    recipe = {"rolled_back_to": back.ref, "without": [*_left_out(back), client]}
-    new = _version(back, registry.blobs.get(back.sha256), back.metrics, back.exactness, recipe)
-    parents = (Parent(ref=back.ref, kind="forget"),)
-    return _Remedy(
-        method="rollback", reason=reason, evidence=evidence, new=replace(new, parents=parents), rounds_lost=lost
+    recipe = {"rolled_back_to": back.ref, "without": [*_left_out(back), client], **_ended_stream(back)}
+    new = _version(back, _payload_of(registry, back), back.metrics, back.exactness, recipe)
+    new = replace(
+        new, kind="forget" if back.kind in KINDS else "remainder", parents=(Parent(ref=back.ref, kind="forget"),)
     )
+    return _Remedy(method="rollback", reason=reason, evidence=evidence, new=new, rounds_lost=lost)
+
+
+def _ended_stream(back: Version) -> dict[str, object]:
+    """Return the stream of a learned version as one that ends there, so that another can be learned on it."""
+    if back.kind not in KINDS:
+        return {}
+    stream = StreamRecord.model_validate(back.recipe["stream"])
+    ended = {"classes": stream.classes[: stream.done], "examples": stream.examples[: stream.done]}
+    return {"stream": stream.model_copy(update=ended).model_dump(mode="json")}
+
+
+def _payload_of(registry: Registry, back: Version) -> bytes:
+    """Return the bytes of a version that says what another said: one that was learned adds nothing to that."""
+    if back.kind not in KINDS:
+        return registry.blobs.get(back.sha256)
+    state = collect(registry, back.ref)
+    return encode_increment(state, state)
 
 
 def _without_block(registry: Registry, client: str, touched: Sequence[Version]) -> _Remedy:
@@ -147,6 +167,10 @@ def _without_block(registry: Registry, client: str, touched: Sequence[Version]) 
         One of ``_IMPOSSIBLE``: That cannot be, or the round would have failed.
     """
     first, affected = touched[0], [each for each in touched if not each.quarantined]
+    if first.kind in KINDS:
+        raise ConfigError(
+            f"{first.ref} is a task, whose adapter was trained with {client} and is not trained again here"
+        )
     if first.run_id is None or first.round_number is None:
         raise ConfigError(f"{first.ref} was made of affected versions, not of updates")
     settings = settings_of(registry.run(first.run_id))

@@ -9,8 +9,8 @@ from pydantic import Field, ValidationError, model_validator
 
 from pomona.aggregation_settings import Section, changed
 from pomona.continual.forgetting import ForgetSettings
-from pomona.continual.mos_settings import MosSettings
 from pomona.errors import ConfigError
+from pomona.mos_settings import MosSettings
 
 
 class EncoderSettings(Section):

@@ -5,12 +5,14 @@ from collections.abc import Callable
 
 import httpx
 from flwr.serverapp import Grid
+from pomona.coordinator.task_loop import TaskLoop
 
 from pomona.coordinator.beginning import begin_run
+from pomona.coordinator.membership import cuts_off
 from pomona.coordinator.own_noise_loop import OwnNoiseLoop
 from pomona.coordinator.private_loop import PrivateLoop
 from pomona.coordinator.replies import server_gone
-from pomona.coordinator.round_loop import RoundLoop, cuts_off
+from pomona.coordinator.round_loop import RoundLoop
 from pomona.coordinator.secure_loop import SecureLoop
 from pomona.settings import RunSettings
 from pomona.storage.records import Version
@@ -19,7 +21,9 @@ from pomona.storage.registry import Registry
 _log = logging.getLogger(__name__)
 
 
-def _loop_of(settings: RunSettings) -> type[RoundLoop]:
+def _loop_of(settings: RunSettings) -> type[RoundLoop | TaskLoop]:
+    if settings.continual is not None:
+        return TaskLoop
     match settings.privacy and settings.privacy.unit:
         case "client":
             return SecureLoop if settings.privacy and settings.privacy.trust == "distributed" else PrivateLoop

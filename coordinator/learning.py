@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 
 from pomona.base_model import base_model_sha256, public_name
-from pomona.continual.encoder import FrozenEncoder, States
+from pomona.continual.encoder import FrozenEncoder
 from pomona.continual.knowledge import Knowledge, nothing_known
-from pomona.continual.learner import TaskData, accuracy
+from pomona.continual.learner import TaskData
 from pomona.continual.metrics import AccuracyMatrix, accuracy_after, average_accuracy, forgetting, last_accuracy
-from pomona.continual.mos import learn_task, predict
+from pomona.continual.mos import learn_task
 from pomona.continual.tasks import Task
 from pomona.coordinator.continual_settings import ContinualSettings
 from pomona.coordinator.increments import NOTHING, encode_increment
@@ -34,6 +34,7 @@ from pomona.coordinator.memory import (
     threads,
 )
 from pomona.coordinator.streams import Past, Stream, check_stream, load_stream
+from pomona.coordinator.task_scores import Rows, encoded, stream_metrics, task_accuracies, told_again
 from pomona.datasets import Dataset
 from pomona.errors import VersionConflict
 from pomona.failpoints import reach
@@ -121,14 +122,6 @@ class _Plan:
         return self.record.done == len(self.stream.tasks)
 
 
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """The states of some examples, and their classes by name."""
-
-    states: States
-    labels: Sequence[str]
-
-
 def learn(registry: Registry, request: LearnRequest, *, show: Show = lambda _learned: None) -> Learned:
     """Learn the tasks of a stream, or those that are left of it, and publish a version after each.
 
@@ -203,23 +196,23 @@ def _refusal(memory: Memory, other: Sequence[str]) -> str:
 
 def _learn_on(registry: Registry, request: LearnRequest, plan: _Plan, source: str, path: Path, show: Show) -> _Plan:
     encoder = open_encoder(path, plan.record.mos)
-    encode = partial(_encoded, encoder, max_length=plan.record.max_length)
+    encode = partial(encoded, encoder, max_length=plan.record.max_length)
     test = encode(plan.stream.test)
     memory, record = plan.memory, plan.record
     for task in plan.stream.tasks[record.done :]:
         rows = encode(_of_classes(plan.stream.train, task.classes))
         knowledge = _learn_task(encoder, memory.knowledge if memory else _nothing(encoder, record), task, rows)
         reach("task-learned")
-        scores = _scores(encoder, knowledge, plan.stream.tasks[: task.number], test)
+        scores = task_accuracies(encoder, knowledge, plan.stream.tasks[: task.number], test)
         record = record.model_copy(update={"done": task.number, "rows": (*record.rows, scores)})
-        told = _told_again(encoder, knowledge, memory.forgotten if memory else (), task, test)
+        told = told_again(encoder, knowledge, memory.forgotten if memory else (), task, test)
         memory = _publish(registry, request, memory, knowledge, record, told, source, path)
         reach("version-published")
         show(_learned(memory, plan.stream))
     return _Plan(plan.stream, memory, record)
 
 
-def _learn_task(encoder: FrozenEncoder, knowledge: Knowledge, task: Task, rows: _Rows) -> Knowledge:
+def _learn_task(encoder: FrozenEncoder, knowledge: Knowledge, task: Task, rows: Rows) -> Knowledge:
     index = {label: place for place, label in enumerate((*knowledge.classes, *task.classes))}
     numbered = Task(max((each.number for each in knowledge.tasks), default=0) + 1, task.classes)
     data = TaskData(numbered, rows.states, torch.tensor([index[label] for label in rows.labels]))
@@ -245,7 +238,6 @@ def _publish(
     state = state_of(knowledge, forgotten)
     before = memory.state if memory else NOTHING
     head = memory.version.ref if memory else ""
-    matrix = AccuracyMatrix(rows=record.rows, examples=record.examples)
     version = registry.publish_learned(
         NewLearned(
             adapter=request.name,
@@ -256,40 +248,12 @@ def _publish(
             rank=feature_adapter(knowledge).rank,
             kind="task",
             recipe=recipe(knowledge, record, method="mos"),
-            metrics={
-                "accuracy": last_accuracy(matrix),
-                "average_accuracy": average_accuracy(matrix),
-                "forgetting": forgetting(matrix),
-                **({"acc_forgotten_earlier": max(told.values())} if told else {}),
-            },
+            metrics=stream_metrics(record, told),
             expected_head=head,
             parents=[Parent(ref=head, kind="task")] if head else [],
         )
     )
     return Memory(version=version, state=state, knowledge=knowledge, forgotten=forgotten, stream=record)
-
-
-def _scores(encoder: FrozenEncoder, knowledge: Knowledge, tasks: Sequence[Task], test: _Rows) -> tuple[float, ...]:
-    """Return the accuracy on each task, of the classes that are not forgotten."""
-    found = []
-    for task in tasks:
-        places = [i for i, label in enumerate(test.labels) if label in task.classes and label in knowledge.classes]
-        targets = torch.tensor([knowledge.classes.index(test.labels[i]) for i in places])
-        found.append(accuracy(predict(encoder, knowledge, test.states.subset(places)), targets) if places else 0.0)
-    return tuple(found)
-
-
-def _told_again(
-    encoder: FrozenEncoder, knowledge: Knowledge, forgotten: Sequence[str], task: Task, test: _Rows
-) -> dict[str, float]:
-    """Return how often each class that was to be forgotten is told, of those with test rows; 0 is wanted."""
-    wanted = set(forgotten) - set(task.classes)
-    found = {}
-    for label in sorted(wanted & set(test.labels)):
-        states = test.states.subset([i for i, each in enumerate(test.labels) if each == label])
-        answers = [knowledge.classes[place] for place in predict(encoder, knowledge, states).tolist()]
-        found[label] = answers.count(label) / len(answers)
-    return found
 
 
 def _learned(memory: Memory, stream: Stream) -> Learned:
@@ -305,7 +269,3 @@ def _learned(memory: Memory, stream: Stream) -> Learned:
 
 def _of_classes(data: Dataset, classes: Sequence[str]) -> Dataset:
     return data.subset([i for i, label in enumerate(data.labels) if label in classes])
-
-
-def _encoded(encoder: FrozenEncoder, data: Dataset, *, max_length: int) -> _Rows:
-    return _Rows(encoder.of_texts(data.texts, max_length=max_length), data.labels)

@@ -13,10 +13,10 @@ from pomona.aggregation_settings import Section
 from pomona.base_model import base_model_sha256, find_base_model
 from pomona.continual.encoder import FrozenEncoder
 from pomona.continual.knowledge import Knowledge
-from pomona.continual.mos_settings import MosSettings
 from pomona.coordinator.increments import State, collect
 from pomona.coordinator.streams import Past
 from pomona.errors import AdapterNotFound, BaseModelError, PayloadError, VersionConflict
+from pomona.mos_settings import MosSettings
 from pomona.storage.records import Version
 from pomona.storage.registry import Registry
 from pomona.storage.versions import refuse_quarantined

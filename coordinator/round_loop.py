@@ -7,11 +7,9 @@ every round to the registry before the next one begins.
 
 import contextlib
 import logging
-import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
-import httpx
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
@@ -21,24 +19,18 @@ from pomona.adapters import AdapterWeights
 from pomona.base_model import find_base_model
 from pomona.batches import Encoded
 from pomona.coordinator.beginning import load_held_out
-from pomona.coordinator.enrolment import Introduction, Roster, choose_cohort
+from pomona.coordinator.enrolment import choose_cohort
+from pomona.coordinator.membership import Membership
 from pomona.coordinator.recovery import committed_rounds, known_members, unfinished_round, waiting_submissions
-from pomona.coordinator.replies import Puller, Reply, collect, push
+from pomona.coordinator.replies import collect
 from pomona.coordinator.strategy import Aggregate, LoraStrategy
 from pomona.coordinator.trusted import TrustedTrainer
 from pomona.errors import (
-    AlreadyCoordinated,
-    NotEnoughClients,
-    PayloadError,
-    PomonaError,
-    RegistryUnavailable,
     RunFailed,
-    ServerGone,
 )
 from pomona.failpoints import reach
 from pomona.lora_model import AdaptedModel, Scores
-from pomona.messages import pack, unpack
-from pomona.protocol import ENROL, TELL, Exclusion, Invitation
+from pomona.protocol import Invitation
 from pomona.settings import RunSettings
 from pomona.storage.records import Exactness, NewVersion, Version
 from pomona.storage.registry import Registry
@@ -47,23 +39,10 @@ from pomona.wire import decode_weights, encode_weights
 
 _log = logging.getLogger(__name__)
 
-_JOIN_POLL_S = 0.5
-_ENROL_S = 3.0  # at a time; a round goes on meanwhile
 _SENDINGS = 3  # of a round's work
-_GRACE_S = 15.0  # for those who are about to answer when enough have
 
 
-def cuts_off(error: BaseException) -> bool:
-    """Return whether an error ends only what this process does for a run, so that the run can go on as it is.
-
-    Flower turns the signals that stop a server into SystemExit.
-    """
-    if isinstance(error, RegistryUnavailable):
-        return error.passing
-    return isinstance(error, KeyboardInterrupt | SystemExit | ServerGone | AlreadyCoordinated | httpx.TransportError)
-
-
-class RoundLoop:
+class RoundLoop(Membership):
     """One run, for as long as this process has it.
 
     Args:
@@ -85,8 +64,8 @@ class RoundLoop:
         *,
         lasting: bool = True,
     ) -> None:
-        self._grid, self._settings, self._registry, self._invitation = grid, settings, registry, invitation
-        self._make_sure, self._lasting = make_sure, lasting
+        super().__init__(grid, settings, registry, invitation, make_sure)
+        self._lasting = lasting
         self._model = AdaptedModel(
             find_base_model(settings.model.base),
             task=settings.task,
@@ -97,9 +76,6 @@ class RoundLoop:
         self._held_out: Encoded = self._model.encode(
             held_out.texts, held_out.labels, max_length=settings.model.max_length
         )
-        self._roster = Roster()
-        self._puller = Puller(grid)
-        self._invited: dict[str, int] = {}
         self._strategy = self._make_strategy(AdapterWeights(heads=self._model.initial_heads(seed=settings.seed)))
 
     def _make_strategy(self, weights: AdapterWeights) -> LoraStrategy:
@@ -200,18 +176,6 @@ class RoundLoop:
         strategy.weights, strategy.parent = aggregate.combined.weights, version.ref
         return version
 
-    @contextlib.contextmanager
-    def _failing(self, number: int) -> Iterator[None]:
-        """Record an error that ends a round for good."""
-        try:
-            yield
-        except BaseException as error:
-            if not cuts_off(error) and not isinstance(error, ObjectPushError):
-                self._make_sure()
-                with contextlib.suppress(PomonaError):
-                    self._registry.fail_round(self._invitation.run_id, number, f"{type(error).__name__}: {error}")
-            raise
-
     def _collect(self, number: int, messages: Sequence[Message]) -> None:
         deadline_s = self._settings.cohort.round_deadline_s
         asked = self._strategy.asked
@@ -227,19 +191,6 @@ class RoundLoop:
         silent = sorted(set(cohort) - heard)
         self._strategy.missed(silent)
         self._tell(silent, f"it did not come within {self._settings.cohort.round_deadline_s:g} s", number=number)
-
-    def _tell(self, clients: Sequence[str], reason: str, *, number: int | None = None) -> None:
-        """Tell those of some clients that are connected why the coordinator does without them; wait for no answer."""
-        self._tell_nodes([self._roster.nodes[each] for each in clients if each in self._roster.nodes], reason, number)
-
-    def _tell_nodes(self, nodes: Sequence[int], reason: str, number: int | None = None) -> None:
-        printable = reason.encode(errors="replace").decode()[:500]  # a client may have put anything into it
-        told = Exclusion(run_id=self._invitation.run_id, round_number=number, reason=printable)
-        content, ttl = pack("exclusion", told.model_dump_json()), self._settings.cohort.join_timeout_s
-        if nodes:
-            messages = [Message(content, dst_node_id=node, message_type=TELL, ttl=ttl) for node in nodes]
-            with contextlib.suppress(ObjectPushError):  # the log has it, and the client's next round goes on
-                push(self._grid, messages)
 
     def _publish(self, number: int, aggregate: Aggregate) -> Version:
         made = aggregate.combined
@@ -313,97 +264,6 @@ class RoundLoop:
         self._model.attach(weights)
         return self._model.score(self._held_out)
 
-    def _wait_for_clients(self) -> None:
-        cohort = self._settings.cohort
-        wanted = cohort.min_clients - len(self._roster.left_out)
-        deadline = time.monotonic() + cohort.join_timeout_s
-        grace_ends = None
-        while True:
-            self._enrol_newcomers()
-            now = time.monotonic()
-            if len(present := self._roster.present(self._online())) >= wanted:
-                grace_ends = grace_ends or now + _GRACE_S
-                if not self._invited or now > min(grace_ends, deadline):
-                    return
-            elif now > deadline:
-                raise NotEnoughClients(
-                    f"expected {wanted} clients within {cohort.join_timeout_s:g} s, got {len(present)}"
-                    f"{_why(self._registry.clients(self._invitation.run_id))}; "
-                    "join more, or lower cohort.min_clients"
-                )
-            time.sleep(_JOIN_POLL_S)
-
-    def _wait_for_enough(self, wanted: Collection[str] | None = None) -> list[str]:
-        """Return who is connected; where that is fewer than a round needs, or not all wanted, wait for them."""
-        cohort = self._settings.cohort
-        deadline = time.monotonic() + cohort.join_timeout_s
-        while True:
-            self._enrol_newcomers()
-            present = self._roster.present(self._online())
-            enough = len(present) >= cohort.min_replies if wanted is None else set(wanted) <= set(present)
-            if enough or time.monotonic() > deadline:
-                return present
-            time.sleep(_JOIN_POLL_S)
-
-    def _enrol_newcomers(self) -> None:
-        """Invite the nodes that are new and take the answers that have come; wait for nobody.
-
-        A node that is slow to answer takes part from the round after its answer.
-        """
-        online = self._online()
-        nodes = sorted(set(self._roster.newcomers(online)) - set(self._invited.values()))
-        json, ttl = self._invitation.model_dump_json(), self._settings.cohort.join_timeout_s
-        messages = [Message(pack("invitation", json), dst_node_id=node, message_type=ENROL, ttl=ttl) for node in nodes]
-        try:
-            sent = push(self._grid, messages)
-        except ObjectPushError as error:  # they are invited the next time
-            _log.warning("not all invitations got to the server: %s", error)
-            return
-        self._invited.update({message_id: node for message_id, node in zip(sent, nodes, strict=True) if message_id})
-        self._puller.landed(self._invited)
-        until = time.monotonic() + _ENROL_S
-        while True:
-            self._take_introductions(online)
-            if not self._puller.busy(self._invited) or time.monotonic() > until:
-                return
-
-    def _take_introductions(self, online: Sequence[int]) -> None:
-        for message_id in self._puller.known(self._invited):
-            if (reply := self._puller.pull(message_id)) is not None:
-                node = self._invited.pop(message_id)
-                self._enrol(node, self._introduction(node, reply, online))
-
-    def _introduction(self, node: int, reply: Reply, online: Sequence[int]) -> Introduction:
-        private = self._invitation.private  # what a client says in words may quote its data
-        if isinstance(reply, PayloadError):
-            return self._roster.unreadable(node, "its answer cannot be read" if private else str(reply))
-        if reply.has_error():
-            return self._roster.lost(node)
-        try:
-            kind, json, _ = unpack(reply)
-        except PayloadError as error:
-            return self._roster.unreadable(node, "its answer cannot be read" if private else str(error))
-        return self._roster.introduce(
-            node, kind, json, invitation=self._invitation, training=self._settings.training, online=online
-        )
-
-    def _enrol(self, node: int, who: Introduction) -> None:
-        if who.excluded:
-            _log.warning("client %s takes no part: %s", who.name, who.excluded)
-            self._tell_nodes([node], who.excluded)
-            if who.name in self._roster.members:
-                return
-        self._registry.enrol_client(
-            self._invitation.run_id,
-            name=who.name,
-            rank=who.rank,
-            num_examples=who.num_examples,
-            excluded=who.excluded,
-        )
-
-    def _online(self) -> list[int]:
-        return list(self._grid.get_node_ids())
-
 
 def _options(settings: RunSettings) -> dict[str, object]:
     """Return what a run chose besides its strategy."""
@@ -426,8 +286,3 @@ def exactness_of(settings: RunSettings, energy: float) -> Exactness:
     if not FACTS[limits.strategy].exact or limits.rank_partitioned or settings.defence.kind != "none" or not plain:
         return "approximate"
     return "exact" if energy >= 1.0 else "truncated"
-
-
-def _why(clients: Sequence[object]) -> str:
-    excluded = [client for client in clients if getattr(client, "excluded", "")]
-    return "".join(f"; {getattr(c, 'name')} takes no part: {getattr(c, 'excluded')}" for c in excluded)  # noqa: B009

@@ -92,6 +92,8 @@ def build_client_app(settings_json: str) -> ClientApp:
     app.query()(answer)
     app.query("tell")(answer)
     app.train()(answer)
+    app.train("task")(answer)
+    app.query("sums")(answer)
     return app
 
 
@@ -122,7 +124,10 @@ def _profile(settings_json: str, number: int, count: int) -> Profile:
         return train.subset(shares[number].tolist())
 
     return Profile(
-        name=_name(number), rank=ranks[number % len(ranks)], load_data=load, model_folder=settings.model.base
+        name=_name(number),
+        rank=ranks[number % len(ranks)] if settings.continual is None else None,
+        load_data=load,
+        model_folder=settings.model.base,
     )
 
 
@@ -132,7 +137,7 @@ def _name(number: int) -> str:
 
 def _fitted(settings: RunSettings, clients: int) -> RunSettings:
     cohort, limits, ranks = settings.cohort, settings.aggregation, settings.simulation.ranks
-    if not (limits.rank or 1) <= min(ranks) <= max(ranks) <= limits.max_rank:
+    if settings.continual is None and not (limits.rank or 1) <= min(ranks) <= max(ranks) <= limits.max_rank:
         raise ConfigError(
             f"expected simulation.ranks from {limits.rank or 1} to aggregation.max_rank={limits.max_rank}, got {ranks}"
         )

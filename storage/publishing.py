@@ -173,7 +173,7 @@ def _insert_version(connection: sa.Connection, new: NewVersion, sha256: str) -> 
     values = {
         "base_sha256": new.base_sha256,
         "rank": new.rank,
-        "kind": "round",
+        "kind": new.kind,
         "exactness": new.exactness,
         "retained_energy": new.retained_energy,
         "run_id": new.run_id,

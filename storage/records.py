@@ -121,6 +121,7 @@ class NewVersion:
             ``None`` where it does not matter.
         parents: What it is made of, if that is more than the version that the round's clients trained on, which must
             then be among them.
+        kind: ``task`` where the round is a task that was learned, and the payload what that adds to those before.
     """
 
     run_id: str
@@ -141,6 +142,7 @@ class NewVersion:
     seconds: float = 0.0
     expected_head: str | None = None
     parents: Sequence[Parent] = ()
+    kind: Literal["round", "task"] = "round"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

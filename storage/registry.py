@@ -62,20 +62,26 @@ class Registry(RegistryReader):
         """Make a base model known; one that is known keeps its first name."""
         self._write(lambda c: rounds.add_base_model(c, sha256, name=name, source=source))
 
-    def start_run(self, *, run_id: str, adapter: str, base_sha256: str, settings_json: str) -> Run:
+    def start_run(
+        self, *, run_id: str, adapter: str, base_sha256: str, settings_json: str, learns: bool = False
+    ) -> Run:
         """Begin a run, or take up again one of the same id, adapter, base model and settings.
+
+        Args:
+            run_id: The run.
+            adapter: Name of the adapter that it publishes.
+            base_sha256: Hash of its base model.
+            settings_json: Its settings, as text.
+            learns: It learns task after task: goes on from what was learned, and from nothing else.
 
         Raises:
             ConfigError: The adapter's name is malformed.
             BaseModelError: The base model was not added.
-            VersionConflict: Another run has that id.
+            VersionConflict: Another run has that id, or the adapter's versions are of the other kind.
         """
         check_name(adapter)
-        return self._write(
-            lambda c: rounds.start_run(
-                c, run_id=run_id, adapter=adapter, base_sha256=base_sha256, settings_json=settings_json
-            )
-        )
+        facts = {"adapter": adapter, "base_sha256": base_sha256, "settings_json": settings_json}
+        return self._write(lambda c: rounds.start_run(c, run_id=run_id, learns=learns, **facts))
 
     def finish_run(self, run_id: str, state: RunState, reason: str = "") -> Run:
         """Record how a run ended."""

@@ -18,12 +18,15 @@ _ROUND = (t.round_.c.run_id == sa.bindparam("in_run"), t.round_.c.number == sa.b
 _LOCKED_ROUND = sa.select(t.round_).where(*_ROUND).with_for_update()
 
 
-def start_run(connection: sa.Connection, *, run_id: str, adapter: str, base_sha256: str, settings_json: str) -> Run:
+def start_run(
+    connection: sa.Connection, *, run_id: str, adapter: str, base_sha256: str, settings_json: str, learns: bool = False
+) -> Run:
     """Begin a run, or take up again one of the same id, adapter, base model and settings.
 
     Raises:
         BaseModelError: The base model was not added.
-        VersionConflict: Another run has that id, or the adapter was learned task after task.
+        VersionConflict: Another run has that id, or the adapter was learned task after task and the run does not learn
+            so, or the other way round.
     """
     facts = {"adapter_name": adapter, "base_sha256": base_sha256, "settings": settings_json}
     existing = connection.execute(sa.select(t.run).filter_by(id=run_id)).mappings().one_or_none()
@@ -39,7 +42,7 @@ def start_run(connection: sa.Connection, *, run_id: str, adapter: str, base_sha2
         return run(connection, run_id)
     if connection.scalar(sa.select(t.base_model.c.sha256).filter_by(sha256=base_sha256)) is None:
         raise BaseModelError(f"base model {base_sha256[:12]} is not in the registry; add it before the run")
-    _refuse_learned(connection, adapter)
+    _refuse_others(connection, adapter, learns=learns)
     now = datetime.now(UTC)
     add_adapter(connection, adapter)
     connection.execute(
@@ -49,14 +52,14 @@ def start_run(connection: sa.Connection, *, run_id: str, adapter: str, base_sha2
     return run(connection, run_id)
 
 
-def _refuse_learned(connection: sa.Connection, adapter: str) -> None:
+def _refuse_others(connection: sa.Connection, adapter: str, *, learns: bool) -> None:
+    """Rounds cannot go on from what was learned task after task, nor can tasks from what rounds or imports made."""
     learned = t.version.c.kind.in_(("task", "forget"))
-    query = sa.select(t.version.c.version).where(t.version.c.adapter_name == adapter, learned).limit(1)
+    others = ~learned if learns else learned
+    query = sa.select(t.version.c.version).where(t.version.c.adapter_name == adapter, others).limit(1)
     if (number := connection.scalar(query)) is not None:
-        raise VersionConflict(
-            f"{adapter}/{number} was learned by `pomona learn`, whose versions rounds cannot go on from; "
-            "choose another name for the run"
-        )
+        what = "was not learned task after task, so tasks" if learns else "was learned task after task, and rounds"
+        raise VersionConflict(f"{adapter}/{number} {what} cannot go on from it; choose another name for the run")
 
 
 def add_base_model(connection: sa.Connection, sha256: str, *, name: str, source: str) -> None:

@@ -381,3 +381,55 @@ def test_settings_that_were_written_down_are_read_back() -> None:
         {"name": "demo", "training": {"alpha": 8.0}, "defence": {"kind": "geometric-median"}}
     )
     assert RunSettings.model_validate_json(run.model_dump_json()) == run
+
+
+# Tasks one after another
+
+TASKS = '[continual]\ntasks = [["a", "b"], ["c"]]\n'
+
+
+def test_a_run_file_may_have_tasks() -> None:
+    settings = parse_settings(
+        'name = "x"\n[continual]\nclasses_per_task = 2\n[continual.mos.training]\nepochs = 2\n', source="run.toml"
+    )
+    assert settings.continual is not None
+    assert settings.continual.mos.training.epochs == 2
+    assert RunSettings.model_validate_json(settings.model_dump_json()) == settings
+
+
+@pytest.mark.parametrize(
+    ("rest", "says"),
+    [
+        ("[continual]\n", "give continual.tasks or continual.classes_per_task, and not both"),
+        (f"{TASKS}classes_per_task = 2\n", "and not both"),
+        ('[continual]\ntasks = [["a"], ["b", "a"]]\n', "class 'a' is twice in continual.tasks"),
+        ("[continual]\ntasks = [[]]\n", "continual.tasks.0"),
+        (f"{TASKS}[continual.mos]\nseed = 3\n", "continual.mos.seed: leave it out"),
+        (f'{TASKS}[continual.mos]\nhead = "aligned"\nofficial_compat = true\n', "official_compat overwrites"),
+        (f'task = "causal-lm"\n{TASKS}', "learns classes, got task='causal-lm'"),
+        (f"rounds = 4\n{TASKS}", "rounds_per_task for each task; leave rounds out, got 4"),
+        (f'{TASKS}[data]\nlabels = ["a"]\n', "as continual.tasks or as data.labels, not both"),
+        (f'{TASKS}[model]\ntarget_modules = ["query"]\n', "leave model.target_modules out"),
+        (f"{TASKS}[training]\nbatch_size = 3\n", r"leave \[training\] out"),
+        (f'{TASKS}[aggregation]\nstrategy = "ffa-nested"\n', "only max_update_norm and max_examples count"),
+        (f'{TASKS}[defence]\nkind = "geometric-median"\n', "without a defence; got defence.kind='geometric-median'"),
+    ],
+)
+def test_what_does_not_go_with_tasks_is_refused(rest: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        parse_settings(f'name = "x"\n{rest}', source="run.toml")
+
+
+def test_tasks_and_privacy_are_refused_together() -> None:
+    privacy = """
+[privacy]
+unit = "client"
+population = "phones"
+population_size = 10000
+epsilon = 4.0
+delta = 1e-5
+sample_rate = 0.02
+"""
+    parse_settings(f'name = "x"\n{privacy}', source="run.toml")
+    with pytest.raises(ConfigError, match="nothing noises them yet"):
+        parse_settings(f'name = "x"\n{privacy}\n{TASKS}', source="run.toml")

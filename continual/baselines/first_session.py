@@ -22,8 +22,8 @@ from torch import Tensor
 from pomona.continual.baselines.sequential import ALPHA, RANK, SequentialFineTuning
 from pomona.continual.encoder import Adapter, FrozenEncoder, States
 from pomona.continual.learner import Learner, TaskData
-from pomona.continual.training import LoopSettings
 from pomona.errors import DataError
+from pomona.mos_settings import LoopSettings
 
 
 class FirstSession:

@@ -15,8 +15,9 @@ from pomona.continual.baselines.sequential import ALPHA, RANK
 from pomona.continual.encoder import Adapter, FrozenEncoder, States
 from pomona.continual.heads import LinearHead
 from pomona.continual.learner import TaskData
-from pomona.continual.training import LoopSettings, fresh_adapter, train_adapter
+from pomona.continual.training import fresh_adapter, train_adapter
 from pomona.errors import DataError
+from pomona.mos_settings import LoopSettings
 
 
 class JointTraining:

@@ -20,7 +20,8 @@ from torch import Tensor
 from pomona.continual.encoder import Adapter, FrozenEncoder, States
 from pomona.continual.heads import LinearHead
 from pomona.continual.learner import TaskData
-from pomona.continual.training import LoopSettings, fresh_adapter, train_adapter
+from pomona.continual.training import fresh_adapter, train_adapter
+from pomona.mos_settings import LoopSettings
 from pomona.seeds import seed_of
 
 Loss = Literal["seen", "local"]

@@ -26,13 +26,14 @@ import torch
 from torch import Tensor
 
 from pomona.adapters import LoraFactors
-from pomona.continual.alignment import AlignmentSettings, aligned_head
+from pomona.continual.alignment import aligned_head
 from pomona.continual.baselines.sequential import ALPHA, RANK
 from pomona.continual.encoder import Adapter, FrozenEncoder, States
 from pomona.continual.heads import LinearHead
 from pomona.continual.learner import TaskData
 from pomona.continual.statistics import ClassStatistics, class_statistics
-from pomona.continual.training import LoopSettings, fresh_adapter, train_adapter
+from pomona.continual.training import fresh_adapter, train_adapter
+from pomona.mos_settings import AlignmentSettings, LoopSettings
 from pomona.seeds import generator_of, seed_of
 
 

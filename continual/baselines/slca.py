@@ -19,13 +19,13 @@ Reference: Zhang et al., SLCA, ICCV 2023, section 3 (https://arxiv.org/abs/2303.
 
 from torch import Tensor
 
-from pomona.continual.alignment import AlignmentSettings, aligned_head
+from pomona.continual.alignment import aligned_head
 from pomona.continual.baselines.sequential import ALPHA, RANK, SequentialFineTuning
 from pomona.continual.encoder import Adapter, FrozenEncoder, States
 from pomona.continual.heads import LinearHead
 from pomona.continual.learner import TaskData
 from pomona.continual.statistics import ClassStatistics, class_statistics
-from pomona.continual.training import LoopSettings
+from pomona.mos_settings import AlignmentSettings, LoopSettings
 from pomona.seeds import generator_of
 
 

@@ -20,8 +20,9 @@ from pomona.aggregation_settings import Section
 from pomona.continual.editing import Classifier, Examples
 from pomona.continual.encoder import FrozenEncoder
 from pomona.continual.heads import LinearHead
-from pomona.continual.training import LoopSettings, fresh_adapter, train_adapter
+from pomona.continual.training import fresh_adapter, train_adapter
 from pomona.errors import DataError
+from pomona.mos_settings import LoopSettings
 
 
 class RetrainSettings(Section):

@@ -25,6 +25,7 @@ Place = Literal[
     "version-blob-written",
     "version-inserted",
     "version-published",
+    "task-trained",
     "task-learned",
     "classes-forgotten",
     "release-reserved",

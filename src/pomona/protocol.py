@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, model_validator
 
+from pomona.mos_settings import MosSettings
 from pomona.settings import Sha256, TrainingSettings
 
 ClientName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
@@ -21,6 +22,8 @@ SumMechanism = Literal["dp-lora", "dp-dylora", "ffa", "ffa-nested"]
 
 ENROL = "query"
 TRAIN = "train"
+TASK = "train.task"
+SUMS = "query.sums"
 TELL = "query.tell"
 ADVERTISE = "query.advertise"
 SHARE = "query.share"
@@ -117,6 +120,8 @@ class Invitation(_Record):
         example_privacy: The client trains so that it hides its examples, on these terms; None: it does not.
         local_privacy: It noises what it trained before it is sent; None: it does not.
         secure_sum: The client sends no update, but takes part in secure sums on these terms; None: in none.
+        continual: The run learns task after task on these terms, and asks by :class:`TaskTraining` and
+            :class:`TaskSums`; ``labels`` are in learning order. None: it does not.
     """
 
     run_id: RunId
@@ -134,6 +139,7 @@ class Invitation(_Record):
     example_privacy: ExamplePrivacy | None = None
     local_privacy: LocalPrivacy | None = None
     secure_sum: SecureSumPrivacy | None = None
+    continual: MosSettings | None = None
 
     @model_validator(mode="after")
     def _promises_one_thing(self) -> Self:
@@ -146,6 +152,8 @@ class Invitation(_Record):
                 f"expected an invitation with private=true beside {given[0]}, got private=false: the number of "
                 "examples and the loss would be sent without noise"
             )
+        if self.continual is not None and (self.private or self.task != "classification"):
+            raise ValueError("expected a run that learns task after task to classify and to promise no privacy")
         return self
 
 
@@ -183,6 +191,58 @@ class TrainRequest(_Record):
     draws_a: bool = False
     tail_from: Annotated[int, Field(ge=0, le=4096)] = 0
     tail_penalty: NonNegativeFloat = 0.0
+
+
+class _TaskRequest(_Record):
+    """Work on one task of a run that learns task after task.
+
+    Attributes:
+        invitation: Repeated, so that a client that restarted can go on.
+        task_number: Place of the task in the run, from 1.
+        classes: Of the task, in order.
+        parent: Reference of the version that is learned on, empty before the first task.
+    """
+
+    invitation: Invitation
+    task_number: Annotated[int, Field(ge=1, le=2**31)]
+    classes: Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
+    parent: Reference
+
+
+class TaskTraining(_TaskRequest):
+    """One round of a task's training; the payload says where it starts.
+
+    Attributes:
+        round_number: Round of the task, from 1.
+        seed_number: Place of the task in all that is known, from 1: the order of examples is drawn by it.
+    """
+
+    round_number: Annotated[int, Field(ge=1, le=2**31)]
+    seed_number: Annotated[int, Field(ge=1, le=2**31)]
+
+
+class TaskSums(_TaskRequest):
+    """Sum features of a task's examples under the adapters in the payload.
+
+    Attributes:
+        trained_sha256: Names the task's adapter; goes back with the sums.
+    """
+
+    trained_sha256: Sha256
+
+
+class NoExamples(_Record):
+    """A client's answer where it has no examples of a task; it is left out of the task.
+
+    Attributes:
+        name: The client's name.
+        run_id: The run.
+        task_number: The task.
+    """
+
+    name: ClientName
+    run_id: RunId
+    task_number: Annotated[int, Field(ge=1, le=2**31)]
 
 
 class Enrolled(_Record):

@@ -1,7 +1,7 @@
 """All settings of a run. Frozen, closed, and checked before the first byte is sent."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -17,6 +17,7 @@ from pydantic import (
 )
 
 from pomona.aggregation_settings import AggregationSettings, DefenceSettings, Fraction, Section, changed
+from pomona.mos_settings import StreamSettings
 from pomona.privacy_settings import PrivacySettings
 from pomona.ranks import RankPattern, layer_rank
 from pomona.strategies import ADDING
@@ -194,6 +195,7 @@ class RunSettings(Section):
         rounds: Number of rounds.
         seed: Of everything random: cohorts, fresh adapters, initial head, batches. Noise for privacy has no seed.
         privacy: What is promised to whom; None: nothing.
+        continual: Tasks to learn one after another, instead of ``rounds`` of one; None: it is one.
     """
 
     name: AdapterName
@@ -208,6 +210,7 @@ class RunSettings(Section):
     defence: DefenceSettings = DefenceSettings()
     privacy: PrivacySettings | None = None
     simulation: SimulationSettings = SimulationSettings()
+    continual: StreamSettings | None = None
 
     @model_validator(mode="after")
     def _defence_fits(self) -> Self:
@@ -257,3 +260,36 @@ class RunSettings(Section):
                 f"{self.data.source!r} as both"
             )
         return self
+
+    @model_validator(mode="after")
+    def _tasks_fit(self) -> Self:
+        if self.continual is not None:
+            for reason in _unfit_for_tasks(self):
+                raise ValueError(reason)
+        return self
+
+
+def _unfit_for_tasks(settings: RunSettings) -> Iterator[str]:
+    """Yield why a run cannot learn task after task."""
+    continual, limits = settings.continual, settings.aggregation
+    if settings.task != "classification":
+        yield f"[continual] learns classes, got task={settings.task!r}; leave the section or the task out"
+    if settings.privacy is not None:
+        yield (
+            "[continual] and [privacy] do not go together: counts and sums of classes are exact, and nothing noises "
+            "them yet; leave one out"
+        )
+    if settings.defence.kind != "none":
+        kind = settings.defence.kind
+        yield f"[continual] averages adapters and adds sums up, without a defence; got defence.kind={kind!r}"
+    kept = {name: getattr(limits, name) for name in ("max_update_norm", "max_examples")}
+    if limits != AggregationSettings(**kept):
+        yield "[continual] averages by examples, exactly; of [aggregation] only max_update_norm and max_examples count"
+    if settings.training != TrainingSettings():
+        yield "[continual] trains as [continual.mos] and [continual.mos.training] say; leave [training] out"
+    if settings.model.target_modules:
+        yield "[continual] adapts the feed-forward layers of the upper blocks; leave model.target_modules out"
+    if changed(settings, "rounds"):
+        yield f"[continual] has rounds_per_task for each task; leave rounds out, got {settings.rounds}"
+    if continual is not None and continual.tasks and settings.data.labels:
+        yield "give the classes as continual.tasks or as data.labels, not both"

@@ -10,8 +10,8 @@ from torch import Tensor
 from pomona.continual.editing import Classifier, Examples, logits_of
 from pomona.continual.encoder import Adapter, FrozenEncoder
 from pomona.continual.forget_baselines.retrain import RetrainSettings, train_classifier
-from pomona.continual.training import LoopSettings
 from pomona.datasets import class_names, load_dataset
+from pomona.mos_settings import LoopSettings
 
 TRAINING = RetrainSettings(
     rank=4,

@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from pomona.continual.alignment import AlignmentSettings, aligned_head, drawn_features
+from pomona.continual.alignment import aligned_head, drawn_features
 from pomona.continual.heads import LinearHead
 from pomona.continual.statistics import ClassStatistics
 from pomona.errors import DataError
+from pomona.mos_settings import AlignmentSettings
 
 WIDTH = 8
 SETTINGS = AlignmentSettings(epochs=8, samples_per_class=32, batch_size=32, learning_rate=0.05)

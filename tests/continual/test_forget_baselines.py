@@ -26,8 +26,8 @@ from pomona.continual.forget_baselines.wrong_labels import (
     wrong_labels,
 )  # fmt: skip
 from pomona.continual.forgetting import ForgetSettings, Forgotten, forget_classes
-from pomona.continual.training import LoopSettings
 from pomona.errors import DataError
+from pomona.mos_settings import LoopSettings
 
 BUDGET = {"rank": 4, "steps": 40, "batch_size": 12, "forget_batch_size": 6, "learning_rate": 1e-2}
 METHODS: dict[str, Callable[..., Forgotten]] = {

@@ -13,9 +13,9 @@ from pomona.adapters import LoraFactors
 from pomona.continual.encoder import Adapter
 from pomona.continual.heads import LinearHead, random_projection, ridge_sums
 from pomona.continual.knowledge import Knowledge, TaskKnowledge, nothing_known
-from pomona.continual.mos_settings import MosSettings
-from pomona.continual.statistics import Moments, class_statistics
+from pomona.continual.statistics import class_statistics
 from pomona.errors import DataError, PayloadError
+from pomona.mos_settings import Moments, MosSettings
 
 WIDTH = 4
 

@@ -17,11 +17,10 @@ from pomona.continual.learner import TaskData, accuracy, data_of_tasks, run_stre
 from pomona.continual.merging import share_a
 from pomona.continual.metrics import last_accuracy
 from pomona.continual.mos import Mos, learn_task, predict, scores, task_knowledge, train_task, with_task
-from pomona.continual.mos_settings import HeadKind, MosSettings
 from pomona.continual.tasks import Task, learning_order
-from pomona.continual.training import LoopSettings
 from pomona.datasets import Dataset, load_dataset
 from pomona.errors import ConfigError, DataError
+from pomona.mos_settings import HeadKind, LoopSettings, MosSettings
 
 TASKS = (Task(1, ("animal", "food")), Task(2, ("tool",)), Task(3, ("weather",)))
 PAIRS = (Task(1, ("animal", "food")), Task(2, ("tool", "weather")))

@@ -10,18 +10,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pomona.continual.alignment import AlignmentSettings
 from pomona.continual.editing import Examples
 from pomona.continual.encoder import FrozenEncoder
 from pomona.continual.forgetting import ForgetSettings
 from pomona.continual.knowledge import Knowledge, nothing_known
 from pomona.continual.learner import data_of_tasks
 from pomona.continual.mos import learn_task, predict
-from pomona.continual.mos_settings import MosSettings
 from pomona.continual.requests import MetRequest, forget_in_knowledge, moved_statistics
 from pomona.continual.statistics import ClassStatistics
 from pomona.continual.tasks import Task
 from pomona.datasets import load_dataset
+from pomona.mos_settings import AlignmentSettings, MosSettings
 
 TASKS = (Task(1, ("animal", "food")), Task(2, ("tool", "weather")))
 BUDGET = ForgetSettings(rank=4, steps=40, batch_size=12, forget_batch_size=6, learning_rate=1e-2)

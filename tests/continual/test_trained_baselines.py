@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from pomona.adapters import LoraFactors
-from pomona.continual.alignment import AlignmentSettings
 from pomona.continual.baselines.first_session import FirstSession
 from pomona.continual.baselines.joint import JointTraining
 from pomona.continual.baselines.ranpac import RanPac
@@ -20,9 +19,9 @@ from pomona.continual.encoder import Adapter, FrozenEncoder, States
 from pomona.continual.learner import Learner, TaskData, data_of_tasks, run_stream
 from pomona.continual.metrics import last_accuracy
 from pomona.continual.tasks import tasks_by_size
-from pomona.continual.training import LoopSettings
 from pomona.datasets import load_dataset
 from pomona.errors import DataError
+from pomona.mos_settings import AlignmentSettings, LoopSettings
 
 SETTINGS = LoopSettings(
     epochs=1, min_steps=25, max_steps=25, batch_size=16, learning_rate=1e-2, head_learning_rate=5e-2

@@ -7,8 +7,9 @@ import torch
 
 from pomona.continual.encoder import Adapter, FrozenEncoder
 from pomona.continual.heads import LinearHead
-from pomona.continual.training import LoopSettings, fresh_adapter, stacked, train_adapter
+from pomona.continual.training import fresh_adapter, stacked, train_adapter
 from pomona.errors import ConfigError
+from pomona.mos_settings import LoopSettings
 
 TEXTS = ["the cat", "a hammer", "a small dog", "the old saw", "wolf and sheep"]
 TARGETS = torch.tensor([0, 1, 0, 1, 0])

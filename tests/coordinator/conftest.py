@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pomona.coordinator import replies, round_loop
+from pomona.coordinator import membership, replies
 from pomona.datasets import load_dataset, write_jsonl
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ def quick_polls(flower_task: None, monkeypatch: pytest.MonkeyPatch) -> None:
     del flower_task
     monkeypatch.delenv("POMONA_REGISTRY_URL", raising=False)
     monkeypatch.setattr(replies, "_POLL_S", 0.01)
-    monkeypatch.setattr(round_loop, "_JOIN_POLL_S", 0.01)
+    monkeypatch.setattr(membership, "_JOIN_POLL_S", 0.01)
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from flwr.supercore.run import Run as FlowerRun
 
 from pomona.client.trainer import Profile, Trainer
 from pomona.messages import pack, unpack
-from pomona.protocol import ADVERTISE, ENROL, MASK, SHARE, TELL, UNMASK, Exclusion, TrainRequest
+from pomona.protocol import ADVERTISE, ENROL, MASK, SHARE, SUMS, TASK, TELL, UNMASK, Exclusion, TrainRequest
 
 STAGES = (ADVERTISE, SHARE, MASK, UNMASK)
 
@@ -27,15 +27,18 @@ def honest(_request: str, answer: Answer) -> Reply:
 
 @dataclass
 class Node:
-    """A client on the grid; ``enrols``, ``trains`` and ``sums`` may replace what its honest trainer answers.
+    """A client on the grid; ``enrols``, ``trains``, ``sums`` and ``learns`` may replace what its trainer answers.
 
-    ``sums`` is told the type of the message, which is the stage of a secure sum, in place of the request.
+    ``sums`` is told the type of the message, which is the stage of a secure sum, in place of the request; so is
+    ``learns``, where it works on a task.
     """
 
     profile: Profile
     enrols: Tamper = honest
     trains: Tamper = honest
     sums: Tamper = honest
+    learns: Tamper = honest
+    worked: list[tuple[str, str, bytes]] = field(default_factory=list)
     joins_after: int = 0
     leaves_after: float = math.inf
     asked: list[tuple[TrainRequest, bytes]] = field(default_factory=list)
@@ -56,6 +59,9 @@ class Node:
             return answer
         if message.metadata.message_type in STAGES:
             return self.sums(message.metadata.message_type, answer)
+        if message.metadata.message_type in {TASK, SUMS}:
+            self.worked.append((message.metadata.message_type, request, payload))
+            return self.learns(message.metadata.message_type, answer)
         self.asked.append((TrainRequest.model_validate_json(request), payload))
         return self.trains(request, answer)
 

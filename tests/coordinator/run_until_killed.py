@@ -20,7 +20,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from tests.coordinator.grid import Answer, InProcessGrid, Node, Reply, Tamper
 
 from pomona.client.trainer import Profile
-from pomona.coordinator import replies, round_loop
+from pomona.coordinator import membership, replies
 from pomona.coordinator.federation import run_federation
 from pomona.coordinator.recovery import only_coordinator
 from pomona.datasets import Dataset, Task, load_dataset
@@ -85,7 +85,7 @@ def federate(home: Path, model: Path, data: Path, settings: RunSettings, *, url:
     for name in ("_task_id", "_run_id", "_node_id"):
         setattr(TaskIdentity, name, 1)
     replies._POLL_S = 0.01
-    round_loop._JOIN_POLL_S = 0.01
+    membership._JOIN_POLL_S = 0.01
     with open_registry(home, url=url) as opened, only_coordinator(opened, RUN) as make_sure:
         registry = Journalling(opened, home / JOURNAL)
         clients = nodes(model, data)

@@ -24,7 +24,7 @@ from torch.testing import assert_close
 from pomona.adapters import AdapterUpdate, AdapterWeights, LoraFactors
 from pomona.aggregation.verify import Enrolment
 from pomona.client.trainer import Profile
-from pomona.coordinator import replies, round_loop
+from pomona.coordinator import membership, replies
 from pomona.coordinator.beginning import begin_run
 from pomona.coordinator.enrolment import Roster
 from pomona.coordinator.federation import run_federation
@@ -719,7 +719,7 @@ def test_who_does_not_answer_the_invitation_does_not_hold_up_the_others(
     registry: Registry, make_settings: MakeSettings, make_profile: MakeProfile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every round would wait for as long as the run waits for its first clients, and ask the mute one again."""
-    monkeypatch.setattr(round_loop, "_GRACE_S", 0.1)
+    monkeypatch.setattr(membership, "_GRACE_S", 0.1)
     mute = Node(make_profile(1, count=2), enrols=lambda _q, _a: None)
     settings = make_settings(rounds=3, cohort={"join_timeout_s": 60.0})
     began = time.monotonic()
@@ -733,7 +733,7 @@ def test_a_slow_answer_to_the_invitation_is_taken_in_a_later_round(
     registry: Registry, make_settings: MakeSettings, make_profile: MakeProfile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A client that loads its model slowly would be lost to the whole run."""
-    monkeypatch.setattr(round_loop, "_GRACE_S", 0.05)
+    monkeypatch.setattr(membership, "_GRACE_S", 0.05)
     grid = InProcessGrid([Node(make_profile(0, count=2)), Node(make_profile(1, count=2))])
     pull = grid.pull_messages
 

@@ -4,9 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pomona.continual.forgetting import ForgetSettings
-from pomona.continual.mos_settings import MosSettings
-from pomona.continual.training import LoopSettings
 from pomona.coordinator.continual_settings import ContinualSettings, EncoderSettings
+from pomona.mos_settings import LoopSettings, MosSettings
 
 ROOT = Path(__file__).parents[2]
 ANIMAL_FOOD, TOOL_WEATHER = ("animal", "food"), ("tool", "weather")

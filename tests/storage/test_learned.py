@@ -210,5 +210,7 @@ def test_a_backup_holds_certificates_and_quarantine(registry: Registry, tmp_path
 @SQLITE_ONLY
 def test_no_run_goes_on_from_what_was_learned(registry: Registry) -> None:
     learn(registry, 1)
-    with pytest.raises(VersionConflict, match="intents/1 was learned by `pomona learn`"):
+    with pytest.raises(VersionConflict, match="intents/1 was learned task after task"):
         registry.start_run(run_id="run-2", adapter="intents", base_sha256=BASE, settings_json="{}")
+    learns = registry.start_run(run_id="run-3", adapter="intents", base_sha256=BASE, settings_json="{}", learns=True)
+    assert learns.state == "running"

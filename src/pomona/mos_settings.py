@@ -1,15 +1,60 @@
-"""How MOS learns and answers. Frozen, closed, and checked before the first byte is read."""
+"""How tasks are learned one after another: frozen, closed, checked before the first byte is read. Imports no torch."""
 
+import math
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from pomona.aggregation_settings import Section, changed
-from pomona.continual.alignment import AlignmentSettings
-from pomona.continual.statistics import Moments
-from pomona.continual.training import LoopSettings
 
+Moments = Literal["full", "diagonal"]
 HeadKind = Literal["combined", "gaussian", "aligned", "ridge", "ridge-own"]
+
+
+class LoopSettings(Section):
+    """How long and how fast an adapter and its head are trained.
+
+    Attributes:
+        epochs: Passes over the task's examples, at least.
+        min_steps: Optimiser steps, at least: few examples are passed more often.
+        max_steps: Optimiser steps, at most.
+        batch_size: Examples for a step.
+        learning_rate: Of the adapter, at first; falls to 0 along a cosine.
+        head_learning_rate: Of the head.
+        weight_decay: Pulls both to 0.
+    """
+
+    epochs: PositiveInt = 4
+    min_steps: NonNegativeInt = 60
+    max_steps: PositiveInt = 1000
+    batch_size: PositiveInt = 32
+    learning_rate: PositiveFloat = 5e-3
+    head_learning_rate: PositiveFloat = 1e-2
+    weight_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    def steps(self, examples: int) -> int:
+        """Return how many optimiser steps so many examples are trained for."""
+        return min(max(self.epochs * math.ceil(examples / self.batch_size), self.min_steps), self.max_steps)
+
+
+class AlignmentSettings(Section):
+    """How a head is aligned.
+
+    Attributes:
+        epochs: Passes, each over features of its own.
+        samples_per_class: Features drawn of each class for a pass.
+        batch_size: Features for an optimiser step.
+        learning_rate: At first; it falls to 0 along a cosine.
+        momentum: Of the steps.
+        weight_decay: Pulls weights to 0.
+    """
+
+    epochs: PositiveInt = 10
+    samples_per_class: PositiveInt = 64
+    batch_size: PositiveInt = 128
+    learning_rate: PositiveFloat = 0.03
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0, lt=1)] = 5e-4
 
 
 class MosSettings(Section):
@@ -77,3 +122,38 @@ class MosSettings(Section):
     def keeps_ridge_sums(self) -> bool:
         """Whether the head needs sums of random features."""
         return self.head in ("ridge", "ridge-own")
+
+
+class StreamSettings(Section):
+    """Tasks that are learned one after another, each by rounds of its own.
+
+    Attributes:
+        tasks: The classes of each task, in the order in which they are learned.
+        classes_per_task: Instead of ``tasks``: so many of the classes of ``data`` a task, in an order drawn by the seed
+            of the run.
+        rounds_per_task: Rounds of training of each task's adapter; one more then sums up its features.
+        mos: How tasks are learned and answered; its seed is that of the run.
+    """
+
+    tasks: tuple[Annotated[tuple[str, ...], Field(min_length=1)], ...] = ()
+    classes_per_task: PositiveInt | None = None
+    rounds_per_task: PositiveInt = 3
+    mos: MosSettings = MosSettings()
+
+    @model_validator(mode="after")
+    def _tasks_are_known(self) -> Self:
+        if bool(self.tasks) == (self.classes_per_task is not None):
+            raise ValueError(
+                "give continual.tasks or continual.classes_per_task, and not both, to say what is learned together"
+            )
+        classes = [label for task in self.tasks for label in task]
+        if twice := sorted({label for label in classes if classes.count(label) > 1}):
+            raise ValueError(f"class {twice[0]!r} is twice in continual.tasks; a class is learned once")
+        if changed(self.mos, "seed"):
+            raise ValueError("continual.mos.seed: leave it out, the seed of the run is that of everything")
+        if self.mos.official_compat:
+            raise ValueError(
+                "continual.mos.official_compat overwrites stored adapters, which clients do not have; it is for "
+                "`pomona learn`"
+            )
+        return self
