@@ -22,7 +22,7 @@ from pomona.settings import RunSettings
 from pomona.storage.opening import open_registry
 from pomona.storage.records import Run
 
-pytestmark = pytest.mark.timeout(700)
+pytestmark = pytest.mark.timeout(600)
 
 
 def _serve(terminal: Terminal, home: Path, *more: str) -> tuple[subprocess.Popen[bytes], str]:
@@ -91,6 +91,7 @@ def test_a_run_ends_with_an_error_when_all_clients_die(
     terminal.expect_no_process()
 
 
+@pytest.mark.timeout(1400)
 def test_a_server_that_was_killed_or_stopped_goes_on_where_it_was(
     terminal: Terminal, tmp_path: Path, tiny_bert: Path, toy_data: Path
 ) -> None:
