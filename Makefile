@@ -15,7 +15,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # more arguments for the command behind a target, as in: make demo ARGS="--seed 1"
 ARGS ?=
 
-# tests of real processes stay on one worker, in a row: see tests/conftest.py
+# one worker more than there are cores, half of them for tests of real processes: see tests/conftest.py
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadscope
 
 .DEFAULT_GOAL := help

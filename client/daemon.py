@@ -58,6 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
 
         torch.set_num_threads(options.threads)
         if len(specs) > 1:
+            import pomona.client.trainer  # noqa: PLC0415, F401 - once for all that are forked
+
             return _fork_each(specs, listeners)
         serve(listeners[0], _trainer(specs[0]))
     return 0

@@ -11,8 +11,10 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 import torch
+from hypothesis import settings
 
 from pomona.datasets import Dataset, Task, load_dataset
 
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from pomona.client.trainer import Profile
 
 torch.set_num_threads(1)  # the machine's other cores are for the processes under test
+settings.register_profile("shared", deadline=None)  # wall time would measure what runs beside a test
+settings.load_profile("shared")
 
 KEYWORDS = {
     "animal": ("cat", "dog", "horse", "sheep", "wolf", "otter", "eagle", "salmon"),
@@ -35,11 +39,16 @@ ROWS_PER_CLASS = {"train": 24, "validation": 12}
 MakeProfile = Callable[..., "Profile"]
 
 
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:  # noqa: ANN401 - xdist has no types
-    """Give each worker whole files, and tests of real processes one by one to the first, until nothing else is left.
+def pytest_xdist_auto_num_workers() -> int | None:
+    """Return one worker more than there are cores: those that wait for real processes leave theirs to the others."""
+    return None if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ else (psutil.cpu_count() or 1) + 1
 
-    They take longest, so they come first; each has processes enough for two cores, so they run in a row. When the other
-    tests are done, it is quicker to run two of them beside each other than to leave a worker idle.
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:  # noqa: ANN401 - xdist has no types
+    """Give each worker whole files, and tests of real processes one by one to the first half of the workers.
+
+    They take longest, so they come first. Half of their time is waiting, and so two of them beside each other and one
+    worker for the other tests keep two cores busy. When the other tests are done, all workers take them.
     """
     from xdist.scheduler import LoadScopeScheduling
 
@@ -47,11 +56,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:  # n
         def _split_scope(self, nodeid: str) -> str:
             if not nodeid.startswith(REAL_PROCESSES):
                 return nodeid.split("::", 1)[0]
-            return f"{REAL_PROCESSES}demo" if "demo" in nodeid else nodeid  # one demo is for all who look at it
+            return f"{REAL_PROCESSES}demo" if "_the_demo_" in nodeid else nodeid  # one is for all who look
 
         def _assign_work_unit(self, node: Any) -> None:  # noqa: ANN401
             others = [scope for scope in self.workqueue if not scope.startswith(REAL_PROCESSES)]
-            if others and node is not next(iter(self.nodes)):
+            if others and node not in self.nodes[: (len(self.nodes) + 1) // 2]:
                 self.workqueue.move_to_end(others[0], last=False)
             super()._assign_work_unit(node)
 

@@ -67,3 +67,26 @@ def test_simulated_ranks_that_no_run_takes_are_refused(folder: Path) -> None:
     done = refused("simulate", "run.toml", "--clients", "4")
     assert done.exit_code == 3
     assert "expected simulation.ranks from 1 to aggregation.max_rank=16" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "said"),
+    [
+        ({"--rank": "0"}, 3, "rank of at least 1"),
+        ({"--rank": "-3"}, 3, "rank of at least 1"),
+        ({"--name": "a b"}, 3, "name of letters"),
+        ({"--server": "nowhere"}, 3, "HOST:PORT"),
+        ({"--server": "127.0.0.1:65536"}, 3, "HOST:PORT"),
+        ({"--data": "missing.csv"}, 4, "missing.csv"),
+        ({"--data": "empty.csv"}, 4, "empty"),
+        ({"--data": "broken.jsonl"}, 4, "line 1"),
+    ],
+)
+def test_a_client_that_cannot_join_says_why_at_once(folder: Path, change: dict[str, str], code: int, said: str) -> None:
+    (folder / "good.csv").write_text("text,label\nx,a\n")
+    (folder / "empty.csv").write_text("")
+    (folder / "broken.jsonl").write_text("{not json\n")
+    options = {"--server": "127.0.0.1:1", "--rank": "4", "--data": "good.csv", "--name": "n", **change}
+    done = CliRunner().invoke(app, ["join", "--insecure", *(word for pair in options.items() for word in pair)])
+    assert done.exit_code == code, done.stderr
+    assert said in done.stderr

@@ -104,6 +104,13 @@ def test_two_clients_of_one_process_enrol_each_for_itself(daemon: Daemon, invita
         enrolled = Enrolled.model_validate_json(answer)
         assert (kind, payload) == ("enrolled", b"")
         assert (enrolled.name, enrolled.rank, enrolled.num_examples) == (name, rank, 144)
+    parent = psutil.Process(daemon.process.pid)
+    assert all(_cpu_s(child) < _cpu_s(parent) / 2 for child in parent.children()), "each has imported all by itself"
+
+
+def _cpu_s(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return times.user + times.system
 
 
 def test_trains_over_the_socket(daemon: Daemon, invitation: Invitation, tiny_bert: Path) -> None:

@@ -66,12 +66,12 @@ class Terminal:
         """Return the file that a background command prints to."""
         return self.folder / f"{name}.txt"
 
-    def wait_for_text(self, name: str, text: str, *, timeout_s: float = 60.0) -> str:
-        """Wait until a background command has printed a text, and return all that it printed."""
+    def wait_for_text(self, name: str, text: str, *, times: int = 1, timeout_s: float = 240.0) -> str:
+        """Wait until a background command has printed a text so many times, and return all that it printed."""
         output = self.output(name)
         wait_until(
-            lambda: text in output.read_text(),
-            what=lambda: f"{text!r} from {name}, which printed:\n{output.read_text()}",
+            lambda: output.read_text().count(text) >= times,
+            what=lambda: f"{text!r} from {name} ({times} times), which printed:\n{output.read_text()}",
             timeout_s=timeout_s,
         )
         return output.read_text()

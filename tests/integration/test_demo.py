@@ -32,7 +32,7 @@ def test_the_demo_stays_within_its_budget(finished_demo: FinishedDemo) -> None:
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_demo_leaves_no_process(terminal: Terminal, tmp_path: Path, kind: signal.Signals) -> None:
     process = terminal.start("demo", "demo", "--home", str(tmp_path / "home"))
-    wait_until(lambda: len(terminal.processes()) >= 10, what="all processes of the demo", timeout_s=60)
+    wait_until(lambda: len(terminal.processes()) >= 10, what="all processes of the demo", timeout_s=120)
     process.send_signal(kind)
     assert process.wait(timeout=30) == 130
     assert "interrupted" in terminal.output("demo.err").read_text()
@@ -41,7 +41,7 @@ def test_an_interrupted_demo_leaves_no_process(terminal: Terminal, tmp_path: Pat
 
 def test_a_killed_demo_leaves_no_process(terminal: Terminal, tmp_path: Path) -> None:
     process = terminal.start("demo", "demo", "--home", str(tmp_path / "home"))
-    wait_until(lambda: len(terminal.processes()) >= 10, what="all processes of the demo", timeout_s=60)
+    wait_until(lambda: len(terminal.processes()) >= 10, what="all processes of the demo", timeout_s=120)
     process.kill()
     process.wait()
     terminal.expect_no_process()
@@ -50,7 +50,7 @@ def test_a_killed_demo_leaves_no_process(terminal: Terminal, tmp_path: Path) -> 
 @pytest.mark.parametrize("victim", ["flower-superlink", "client-2", "pomona.client.daemon"])
 def test_when_one_process_dies_the_others_are_ended(terminal: Terminal, tmp_path: Path, victim: str) -> None:
     process = terminal.start("demo", "demo", "--json", "--home", str(tmp_path / "home"))
-    wait_until(lambda: len(terminal.processes()) >= 10, what="all processes of the demo", timeout_s=60)
+    wait_until(lambda: len(terminal.processes()) >= 10, what="all processes of the demo", timeout_s=120)
     matching = [
         p for p in terminal.processes() if victim in " ".join(p.cmdline()) and "flower-superexec" not in p.name()
     ]

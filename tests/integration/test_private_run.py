@@ -30,7 +30,7 @@ def test_a_private_run_leaves_nothing_of_its_clients_at_the_server(
         model=tiny_bert,
         data=toy_data,
         lines=[
-            "[cohort]\nmin_clients = 2\nround_deadline_s = 8",
+            "[cohort]\nmin_clients = 2\nround_deadline_s = 20",
             '[aggregation]\nstrategy = "ffa-nested"\nmax_rank = 4',
             PRIVACY,
         ],

@@ -2,7 +2,6 @@
 
 import json
 import signal
-import socket
 import subprocess
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
@@ -14,7 +13,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
-from tests.integration.conftest import Terminal, last_json, stop, wait_until, write_rows, write_run_file
+from tests.integration.conftest import Terminal, last_json, stop, write_rows, write_run_file
 from tests.invariants import Outside, broken_promises
 
 from pomona.coordinator.replay import Replay
@@ -23,7 +22,7 @@ from pomona.settings import RunSettings
 from pomona.storage.opening import open_registry
 from pomona.storage.records import Run
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(600)
 
 
 def _serve(terminal: Terminal, home: Path, *more: str) -> tuple[subprocess.Popen[bytes], str]:
@@ -38,12 +37,17 @@ def _join(terminal: Terminal, address: str, name: str, data: Path, model: Path, 
     return terminal.start(name, "join", *arguments, *(more or ("--insecure",)))
 
 
-def test_server_join_and_run(terminal: Terminal, tmp_path: Path, tiny_bert: Path, toy_data: Path) -> None:
-    home = tmp_path / "home"
-    server, address = _serve(terminal, home)
+def test_server_join_and_run_under_a_private_authority(
+    terminal: Terminal, tmp_path: Path, tiny_bert: Path, toy_data: Path
+) -> None:
+    home, certificates = tmp_path / "home", _certificates(tmp_path)
+    ca = str(certificates / "ca.pem")
+    tls = ("--ssl-ca-certfile", ca, "--ssl-certfile", str(certificates / "server.pem"))
+    server, address = _serve(terminal, home, *tls, "--ssl-keyfile", str(certificates / "server.key"))
+    shares = [write_rows(tmp_path / f"{i}.csv", toy_data, part=i, of=2) for i in range(2)]
     clients = [
-        _join(terminal, address, f"site-{i}", write_rows(tmp_path / f"{i}.csv", toy_data, part=i, of=2), tiny_bert)
-        for i in range(2)
+        _join(terminal, address, f"site-{i}", share, tiny_bert, "--root-certificates", ca)
+        for i, share in enumerate(shares)
     ]
     run_file = write_run_file(
         tmp_path / "run.toml", model=tiny_bert, data=toy_data, lines=["[cohort]\nmin_clients = 2"]
@@ -76,7 +80,7 @@ def test_a_run_ends_with_an_error_when_all_clients_die(
     run_file = write_run_file(tmp_path / "run.toml", model=tiny_bert, data=toy_data)
     run_file.write_text(run_file.read_text().replace("rounds = 2", lines[0]) + lines[1] + "\n")
     run = terminal.start("run", "run", str(run_file), "--home", str(home), "--json")
-    terminal.wait_for_text("only", "round 1", timeout_s=90)
+    terminal.wait_for_text("only", "round 1")
     stop(client, kind=signal.SIGKILL)
     assert run.wait(timeout=150) == 31
     error = last_json(terminal.output("run").read_text())["error"]
@@ -87,10 +91,9 @@ def test_a_run_ends_with_an_error_when_all_clients_die(
     terminal.expect_no_process()
 
 
-@pytest.mark.timeout(700)
-@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.timeout(1400)
 def test_a_server_that_was_killed_or_stopped_goes_on_where_it_was(
-    kind: signal.Signals, terminal: Terminal, tmp_path: Path, tiny_bert: Path, toy_data: Path
+    terminal: Terminal, tmp_path: Path, tiny_bert: Path, toy_data: Path
 ) -> None:
     home, rounds = tmp_path / "home", 3
     server, address = _serve(terminal, home)
@@ -105,25 +108,27 @@ def test_a_server_that_was_killed_or_stopped_goes_on_where_it_was(
         lines=["[cohort]\nmin_clients = 2\nmin_replies = 2\njoin_timeout_s = 200"],
     )
     run_file.write_text(run_file.read_text().replace("rounds = 2", f"rounds = {rounds}"))
-    run = terminal.start("run", "run", str(run_file), "--home", str(home), "--json")
-    terminal.wait_for_text("site-0", "round 2", timeout_s=180)
-    assert stop(server, kind=kind) == {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 0}[kind]
-    assert run.wait(timeout=60) == 23, terminal.output("run").read_text()
-    before = _accepted(home)
+    for number, (kind, code) in enumerate([(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 0)], start=1):
+        trained = terminal.output("site-0").read_text().count("round 2,")
+        run = terminal.start(f"run-{number}", "run", str(run_file), "--home", str(home), "--json")
+        terminal.wait_for_text("site-0", "round 2,", times=trained + 1)
+        assert stop(server, kind=kind) == code
+        assert run.wait(timeout=60) == 23, terminal.output(f"run-{number}").read_text()
+        before = _accepted(home)
 
-    port = address.rsplit(":", 1)[1]
-    again = terminal.start("again", "server", "--home", str(home), "--port", port, "--insecure")
-    terminal.wait_for_text("again", "going on with", timeout_s=90)
-    followed = terminal.run("run", "--resume", "latest", "--home", str(home), "--json", timeout_s=400.0)
-    assert followed.returncode == 0, "it is followed, whichever of the two has started it: " + followed.stdout
-    assert last_json(followed.stdout)["adapter"] == f"toy/{rounds}"
-    assert before
-    assert before <= _accepted(home)
-    assert len(_accepted(home)) == 2 * rounds, "nobody is counted twice"
-    _expect_kept_promises(home, orphans=2)
+        name, port = f"server-{number}", address.rsplit(":", 1)[1]
+        server = terminal.start(name, "server", "--home", str(home), "--port", port, "--insecure")
+        terminal.wait_for_text(name, "going on with")
+        followed = terminal.run("run", "--resume", "latest", "--home", str(home), "--json", timeout_s=400.0)
+        assert followed.returncode == 0, "it is followed, whichever of the two has started it: " + followed.stdout
+        assert last_json(followed.stdout)["adapter"] == f"toy/{number * rounds}"
+        assert before
+        assert before <= _accepted(home)
+        assert len(_accepted(home)) == 2 * rounds, "nobody is counted twice"
+        _expect_kept_promises(home, orphans=2)
     for client in clients:
         stop(client)
-    assert stop(again) == 0
+    assert stop(server) == 0
     terminal.expect_no_process()
 
 
@@ -136,7 +141,7 @@ def test_an_interrupted_run_is_stopped_and_can_be_resumed(
     run_file = write_run_file(tmp_path / "run.toml", model=tiny_bert, data=toy_data)
     run_file.write_text(run_file.read_text().replace("rounds = 2", "rounds = 4"))
     run = terminal.start("run", "run", str(run_file), "--home", str(home), "--json")
-    terminal.wait_for_text("only", "round 1", timeout_s=120)
+    terminal.wait_for_text("only", "round 1")
     assert stop(run, timeout_s=60) == 130
     (ended,) = _runs(home)
     assert f"go on with it by: pomona run --resume {ended.id}" in terminal.output("run.err").read_text()
@@ -156,46 +161,21 @@ def _runs(home: Path) -> list[Run]:
 
 
 def _accepted(home: Path) -> set[tuple[int, str, str]]:
-    """Return round, client and hash of every update that counts."""
+    """Return round, client and hash of every update that counts in the latest run."""
     with open_registry(home) as registry:
-        sent = registry.submissions(registry.runs()[0].id)
+        sent = registry.submissions(registry.runs()[-1].id)
         return {(each.round_number, each.client, each.sha256) for each in sent if each.status == "accepted"}
 
 
 def _expect_kept_promises(home: Path, *, orphans: int) -> None:
-    """Fail unless the one run there is kept its promises, and aggregating its rounds again gives their bytes.
+    """Fail unless the latest run kept its promises, and aggregating its rounds again gives their bytes.
 
     A process that was ended may have had so many updates on disk that it was about to record.
     """
     with open_registry(home) as registry:
-        (run,) = registry.runs()
+        run = registry.runs()[-1]
         known = Outside(replay=Replay(RunSettings.model_validate_json(run.settings_json)), orphans=orphans)
         assert not broken_promises(registry, run.id, known)
-
-
-def test_tls_with_a_private_authority(terminal: Terminal, tmp_path: Path, tiny_bert: Path, toy_data: Path) -> None:
-    home, certificates = tmp_path / "home", _certificates(tmp_path)
-    ca = str(certificates / "ca.pem")
-    tls = ("--ssl-ca-certfile", ca, "--ssl-certfile", str(certificates / "server.pem"))
-    server, address = _serve(terminal, home, *tls, "--ssl-keyfile", str(certificates / "server.key"))
-    data = write_rows(tmp_path / "0.csv", toy_data, part=0, of=1)
-    client = _join(terminal, address, "secure", data, tiny_bert, "--root-certificates", ca)
-    run_file = write_run_file(tmp_path / "run.toml", model=tiny_bert, data=toy_data)
-    done = terminal.run("run", str(run_file), "--home", str(home), "--json")
-    assert done.returncode == 0, done.stdout + done.stderr
-    stop(client)
-    stop(server)
-    terminal.expect_no_process()
-
-
-def test_a_port_in_use_is_named(terminal: Terminal, tmp_path: Path) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = str(taken.getsockname()[1])
-        done = terminal.run("server", "--home", str(tmp_path / "home"), "--port", port, "--insecure")
-    assert done.returncode == 21
-    assert port in done.stderr
 
 
 def test_two_servers_on_one_registry_are_refused(terminal: Terminal, tmp_path: Path) -> None:
@@ -204,37 +184,6 @@ def test_two_servers_on_one_registry_are_refused(terminal: Terminal, tmp_path: P
     assert done.returncode == 20
     assert "already" in done.stderr
     stop(server)
-
-
-def test_a_server_without_tls_must_be_asked_for(terminal: Terminal, tmp_path: Path) -> None:
-    done = terminal.run("server", "--home", str(tmp_path / "home"), "--port", "0")
-    assert done.returncode == 3
-    assert "--insecure" in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("change", "code", "said"),
-    [
-        ({"--rank": "0"}, 3, "rank of at least 1"),
-        ({"--rank": "-3"}, 3, "rank of at least 1"),
-        ({"--name": "a b"}, 3, "name of letters"),
-        ({"--server": "nowhere"}, 3, "HOST:PORT"),
-        ({"--server": "127.0.0.1:65536"}, 3, "HOST:PORT"),
-        ({"--data": "missing.csv"}, 4, "missing.csv"),
-        ({"--data": "empty.csv"}, 4, "empty"),
-        ({"--data": "broken.jsonl"}, 4, "line 1"),
-    ],
-)
-def test_a_client_that_cannot_join_says_why_at_once(
-    terminal: Terminal, tmp_path: Path, change: dict[str, str], code: int, said: str
-) -> None:
-    (tmp_path / "good.csv").write_text("text,label\nx,a\n")
-    (tmp_path / "empty.csv").write_text("")
-    (tmp_path / "broken.jsonl").write_text("{not json\n")
-    options = {"--server": "127.0.0.1:1", "--rank": "4", "--data": "good.csv", "--name": "n", **change}
-    done = terminal.run("join", "--insecure", *(word for pair in options.items() for word in pair))
-    assert done.returncode == code, done.stderr
-    assert said in done.stderr
 
 
 def test_a_client_with_bad_data_or_rank_is_left_out_with_its_reason(
@@ -249,8 +198,9 @@ def test_a_client_with_bad_data_or_rank_is_left_out_with_its_reason(
         _join(terminal, address, "good", good, tiny_bert),
         _join(terminal, address, "strange", strange, tiny_bert),
     ]
-    wait_until(lambda: len(terminal.processes()) >= 8, what="both clients", timeout_s=60)
-    lines = ["[cohort]\nmin_clients = 2\njoin_timeout_s = 45"]
+    for name in ("good", "strange"):
+        terminal.wait_for_text(name, "ready")
+    lines = ["[cohort]\nmin_clients = 2\njoin_timeout_s = 30"]
     run_file = write_run_file(tmp_path / "run.toml", model=tiny_bert, data=toy_data, lines=lines)
     done = terminal.run("run", str(run_file), "--home", str(home), "--json")
     assert done.returncode == 31, done.stdout + done.stderr
@@ -260,15 +210,6 @@ def test_a_client_with_bad_data_or_rank_is_left_out_with_its_reason(
     for client in clients:
         stop(client)
     stop(server)
-
-
-def test_run_without_a_server_or_with_a_bad_file(terminal: Terminal, tmp_path: Path) -> None:
-    (tmp_path / "bad.toml").write_text('name = "x"\nbogus = 1\n')
-    (tmp_path / "good.toml").write_text('name = "x"\n')
-    assert terminal.run("run", "bad.toml", "--home", str(tmp_path / "home")).returncode == 3
-    done = terminal.run("run", "good.toml", "--home", str(tmp_path / "home"))
-    assert done.returncode == 22
-    assert "pomona server" in done.stderr
 
 
 def _certificates(folder: Path) -> Path:

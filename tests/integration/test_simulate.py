@@ -26,13 +26,17 @@ def many_rows(tmp_path: Path, toy_data: Path) -> Path:
 
 
 def test_a_hundred_clients(terminal: Terminal, tmp_path: Path, tiny_bert: Path, many_rows: Path) -> None:
-    lines = ["[simulation]\nranks = [2, 4, 8]", "[aggregation]\nmax_rank = 16"]
+    lines = [
+        "[cohort]\njoin_timeout_s = 300",
+        "[simulation]\nranks = [2, 4, 8]",
+        "[aggregation]\nmax_rank = 16",
+    ]
     run_file = write_run_file(tmp_path / "run.toml", model=tiny_bert, data=many_rows, lines=lines)
     home = tmp_path / "home"
     process = terminal.start(
         "simulate", "simulate", str(run_file), "--clients", str(CLIENTS), "--home", str(home), "--json"
     )
-    wait_until(lambda: _coordinated(home), what="the lock that keeps a server from the run", timeout_s=120)
+    wait_until(lambda: _coordinated(home), what="the lock that keeps a server from the run", timeout_s=240)
     assert process.wait(timeout=500) == 0, terminal.output("simulate.err").read_text()[-2000:]
     found = last_json(terminal.output("simulate").read_text())
     clients = found["clients"]
