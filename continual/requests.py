@@ -17,13 +17,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pomona.continual.discriminant import gaussian_head
+from pomona.continual.discriminant import GaussianHead, gaussian_head
 from pomona.continual.editing import Classifier, Examples
 from pomona.continual.encoder import Adapter, FrozenEncoder
 from pomona.continual.forgetting import ForgetSettings, Forgotten, forget_classes
 from pomona.continual.heads import RidgeSums, random_projection, ridge_sums
 from pomona.continual.knowledge import Knowledge, TaskKnowledge
 from pomona.continual.statistics import ClassStatistics
+
+CONFIDENCE = 4.0  # nats
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,7 @@ def forget_in_knowledge(
         DataError: A class is unknown, all classes would go, or examples of the forgotten or of the others are missing.
         ConfigError: The loss became NaN or infinite.
     """
-    classifier = answering_classifier(knowledge)
+    classifier = answering_classifier(knowledge, forget)
     found = forget_classes(encoder, classifier, examples, forget, settings=settings, seed=seed)
     edited = replace(knowledge, edits=(*knowledge.edits, found.adapter))
     retained = examples.subset(~examples.of(classifier.indices(forget)))
@@ -74,18 +76,34 @@ def forget_in_knowledge(
     return MetRequest(edited, edited.without(tuple(forget)), found, stale)
 
 
-def answering_classifier(knowledge: Knowledge) -> Classifier:
+def answering_classifier(knowledge: Knowledge, forget: Collection[str]) -> Classifier:
     """Return the classifier to edit: what the knowledge's head answers with, and what gradients can go through.
 
     A head aligned over all tasks answers under each task's adapter. All others choose the class, or its task, by
-    features under the first adapter; the classes' normal distributions there stand for them.
+    features under the first adapter; the classes' normal distributions there stand for them. On the examples that they
+    were taken of these are sure by dozens of nats, where a cross-entropy has no gradient left, so their logits are
+    scaled down until a class to forget stands out by :data:`CONFIDENCE`.
+
+    Args:
+        knowledge: Before the request.
+        forget: The classes to forget.
     """
     settings = knowledge.settings
     if settings.head == "aligned":
         adapters = tuple(knowledge.adapter(position) for position in range(len(knowledge.tasks)))
         return Classifier(knowledge.classes, adapters, knowledge.head, tuple(knowledge.task_of.tolist()))
     head = gaussian_head(knowledge.first, prior=settings.prior, sphere_examples=settings.sphere_examples)
-    return Classifier(knowledge.classes, (knowledge.adapter(0),), head, sharpness=1.0 / settings.temperature)
+    sharpness = min(1.0 / settings.temperature, CONFIDENCE / _lead(head, knowledge.classes, forget))
+    return Classifier(knowledge.classes, (knowledge.adapter(0),), head, sharpness=sharpness)
+
+
+def _lead(head: GaussianHead, classes: tuple[str, ...], forget: Collection[str]) -> float:
+    """Return by how much a class to forget leads at its own mean before the likeliest other; the most of all."""
+    wanted = [i for i, label in enumerate(classes) if label in forget]
+    logits = head.logits(head.means[wanted])
+    own = torch.nn.functional.one_hot(torch.tensor(wanted), len(classes)).bool()
+    leads = logits[own] - logits.masked_fill(own, -torch.inf).max(1).values
+    return max(float(leads.max()), torch.finfo(torch.float32).tiny)
 
 
 def moved_statistics(kept: ClassStatistics, before: Tensor, after: Tensor) -> ClassStatistics:

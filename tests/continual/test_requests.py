@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pomona.continual import requests
 from pomona.continual.editing import Examples
 from pomona.continual.encoder import FrozenEncoder
 from pomona.continual.forgetting import ForgetSettings
@@ -83,6 +84,22 @@ def test_statistics_that_stay_behind_answer_for_features_that_are_no_more(tiny_b
 
     assert mean(met.left) > mean(behind) - 1e-9
     assert mean(met.left) >= mean(known) - 0.1
+
+
+def test_a_head_that_is_sure_is_asked_less_sharply(
+    tiny_bert: Path, toy_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What goes wrong without: where a cross-entropy is zero to the last digit, nothing pushes the class away."""
+    known, train, test = learned(tiny_bert, toy_data, MosSettings(head="gaussian", rank=4, temperature=0.01))
+    assert accuracy(tiny_bert, known, test, "food") > 0.8
+
+    def after() -> float:
+        met = forget_in_knowledge(encoder_of(tiny_bert), known, train, ["food"], settings=BUDGET, seed=0)
+        return accuracy(tiny_bert, met.edited, test, "food")
+
+    assert after() <= 0.1
+    monkeypatch.setattr(requests, "CONFIDENCE", float("inf"))
+    assert after() > 0.8
 
 
 @settings(max_examples=25, deadline=None)
