@@ -17,7 +17,8 @@ from pomona.continual.forgetting import ForgetSettings
 from pomona.continual.knowledge import Knowledge, nothing_known
 from pomona.continual.learner import data_of_tasks
 from pomona.continual.mos import learn_task, predict
-from pomona.continual.requests import MetRequest, forget_in_knowledge, moved_statistics
+from pomona.continual.moves import ClassMove, moved_statistics
+from pomona.continual.requests import MetRequest, forget_in_knowledge
 from pomona.continual.statistics import ClassStatistics
 from pomona.continual.tasks import Task
 from pomona.datasets import load_dataset
@@ -109,7 +110,8 @@ def test_moved_statistics_have_the_moved_mean_and_the_old_spread(seed: int, at_h
     before = torch.randn(12, 4, generator=generator)
     after = before + torch.randn(4, generator=generator)  # everything moves alike
     kept = ClassStatistics.of(before, moments="diagonal" if diagonal else "full")
-    found = moved_statistics(kept, before[:at_hand], after[:at_hand])
+    move = ClassMove.of(before[:at_hand], after[:at_hand], moments=kept.moments)
+    found = moved_statistics(kept, move)
     expected = ClassStatistics.of(after if at_hand else before, moments=kept.moments)
     assert found.count == 12
     assert found.moments == kept.moments
