@@ -20,8 +20,9 @@ from pomona.continual.editing import Examples
 from pomona.continual.encoder import FrozenEncoder
 from pomona.continual.heads import RidgeSums, random_projection, ridge_sums
 from pomona.continual.knowledge import Knowledge, TaskKnowledge
-from pomona.continual.statistics import ClassStatistics, Moments
+from pomona.continual.statistics import ClassStatistics
 from pomona.errors import DataError
+from pomona.mos_settings import Moments
 
 
 @dataclass(frozen=True, slots=True)
