@@ -186,7 +186,6 @@ def edit(
     loss: Loss,
     settings: EditSettings,
     seed: int,
-    after_step: AfterStep | None = None,
 ) -> Edited:
     """Train a fresh adapter over those of a classifier; what is given is left as it is.
 
@@ -201,19 +200,12 @@ def edit(
         loss: To be made small.
         settings: Rank, steps, batches, learning rate.
         seed: Decides the first factors and the order of examples; nothing else is random.
-        after_step: Called after each step with its number, its learning rate and the factors, which it may change. A
-            layer whose factors it freezes is trained no further.
 
     Raises:
         DataError: A class is unknown, or there are no examples of the forgotten or of the other classes.
         ConfigError: The loss became NaN or infinite.
     """
-    forgotten = examples.of(classifier.indices(forget))
-    if not 0 < int(forgotten.sum()) < len(examples):
-        raise DataError(
-            f"expected examples of the classes to forget and of others, "
-            f"got {int(forgotten.sum())} and {int((~forgotten).sum())}"
-        )
+    forgotten = to_forget(classifier, examples, forget)
     adapter = trainable_adapter(encoder, rank=settings.rank, seed=seed)
     parameters = [factor for each in adapter.values() for factor in (each.a, each.b)]
     optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate)
@@ -221,19 +213,30 @@ def edit(
     for number, rows in enumerate(drawn_rows(examples, forgotten, settings, seed=seed)):
         rate = settings.learning_rate * 0.5 * (1 + math.cos(math.pi * number / settings.steps))
         optimizer.param_groups[0]["lr"] = rate
-        value = loss(_step(encoder, classifier, examples, adapter, rows, forgotten[rows], number))
+        value = loss(step_of(encoder, classifier, examples, adapter, rows, forgotten[rows], number))
         value.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(value.detach()))
         if not math.isfinite(losses[-1]):
             raise ConfigError(f"forgetting diverged at step {number}, its loss is {losses[-1]}; lower learning_rate")
-        if after_step is not None:
-            after_step(number, rate, adapter)
-        if not any(each.requires_grad for each in parameters):
-            break
     kept = {name: LoraFactors(a=f.a.detach(), b=f.b.detach(), scale=f.scale) for name, f in adapter.items()}
     return Edited(kept, with_adapter(classifier, kept), tuple(losses))
+
+
+def to_forget(classifier: Classifier, examples: Examples, forget: Collection[str]) -> Tensor:
+    """Return which examples are to be forgotten, ``(examples,)`` bool.
+
+    Raises:
+        DataError: A class is unknown, all classes would go, or there are no examples of one kind.
+    """
+    forgotten = examples.of(classifier.indices(forget))
+    if not 0 < int(forgotten.sum()) < len(examples):
+        raise DataError(
+            f"expected examples of the classes to forget and of others, "
+            f"got {int(forgotten.sum())} and {int((~forgotten).sum())}"
+        )
+    return forgotten
 
 
 def trainable_adapter(encoder: FrozenEncoder, *, rank: int, seed: int) -> dict[str, LoraFactors]:
@@ -267,7 +270,7 @@ def logits_of(encoder: FrozenEncoder, classifier: Classifier, states: States) ->
         return classifier.logits(encoder.all_features(states, classifier.adapters[0]))
 
 
-def _step(
+def step_of(
     encoder: FrozenEncoder,
     classifier: Classifier,
     examples: Examples,
@@ -276,6 +279,17 @@ def _step(
     forgotten: Tensor,
     number: int,
 ) -> Step:
+    """Return what a loss may look at.
+
+    Args:
+        encoder: The frozen encoder.
+        classifier: What is edited.
+        examples: All that there are.
+        adapter: The factors in training.
+        rows: Positions of the step's examples among all.
+        forgotten: Which of the step's examples are to be forgotten.
+        number: Of the step, from 0.
+    """
     targets, count = examples.targets[rows], len(classifier.adapters)
     routes = torch.where(forgotten, number % count, classifier.routed(targets))
     features = _by_route(routes, count, lambda position, chosen: (
@@ -293,15 +307,17 @@ def _by_route(routes: Tensor, count: int, features: Callable[[int, Sequence[int]
 
 def drawn_rows(examples: Examples, forgotten: Tensor, settings: EditSettings, *, seed: int) -> Iterator[Tensor]:
     """Yield the positions of each step's examples, retained ones before forgotten ones."""
-    lengths = np.array([len(row) for row in examples.states.rows])
-    retained = _endless(lengths, ~forgotten, settings.batch_size, seed_of("retained", seed))
-    unwanted = _endless(lengths, forgotten, settings.forget_batch_size, seed_of("forgotten", seed))
+    lengths = [len(row) for row in examples.states.rows]
+    retained = endless_rows(lengths, ~forgotten, settings.batch_size, seed_of("retained", seed))
+    unwanted = endless_rows(lengths, forgotten, settings.forget_batch_size, seed_of("forgotten", seed))
     for _ in range(settings.steps):
         yield torch.cat([next(retained), next(unwanted)])
 
 
-def _endless(lengths: np.ndarray, wanted: Tensor, batch_size: int, seed: int) -> Iterator[Tensor]:
+def endless_rows(lengths: Sequence[int], wanted: Tensor, batch_size: int, seed: int) -> Iterator[Tensor]:
+    """Yield the positions of batches of the wanted examples, of which there must be one, pass after pass."""
     rows, generator = wanted.nonzero()[:, 0], np.random.default_rng(seed)
     while True:
-        for chosen in batch_indices(lengths[rows.numpy()].tolist(), batch_size=batch_size, generator=generator):
+        sizes = [lengths[row] for row in rows.tolist()]
+        for chosen in batch_indices(sizes, batch_size=batch_size, generator=generator):
             yield rows[torch.from_numpy(chosen)]

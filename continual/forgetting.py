@@ -19,7 +19,7 @@ removes the class from where it is stored rather than learned.
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Literal
@@ -30,10 +30,21 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, relu
 
 from pomona.aggregation_settings import Fraction
-from pomona.continual.editing import Classifier, Edited, EditSettings, Examples, Step, edit, features_of
+from pomona.continual.edit_rounds import EditOwner, EditState, GradientShare, Losses, advance, is_done, start_edit
+from pomona.continual.editing import (
+    Classifier,
+    Edited,
+    EditSettings,
+    Examples,
+    Step,
+    features_of,
+    to_forget,
+    with_adapter,
+)
 from pomona.continual.encoder import Adapter, FrozenEncoder
 from pomona.continual.groups import changed_groups, groups_of, shrink_groups
 from pomona.continual.heads import class_means
+from pomona.errors import ConfigError
 
 
 class ForgetSettings(EditSettings):
@@ -112,18 +123,65 @@ def forget_classes(
         DataError: A class is unknown, all classes would go, or examples of the forgotten or of the others are missing.
         ConfigError: The loss became NaN or infinite.
     """
-    prototypes = _prototypes(encoder, classifier, examples, settings) if settings.push or settings.pull else None
-    edited = edit(
-        encoder,
-        classifier,
-        examples,
-        forget,
-        loss=partial(_loss, settings=settings, prototypes=prototypes),
-        settings=settings,
-        seed=seed,
-        after_step=partial(_shrink, settings=settings),
-    )
-    return forgotten_by(edited)
+    to_forget(classifier, examples, forget)
+    owner = forget_owner(encoder, classifier, examples, forget, settings=settings, seed=seed, alone=True)
+    state = start_edit(encoder, rank=settings.rank, seed=seed)
+    while not is_done(state, settings):
+        state = forget_step(state, [owner.share(state.number, state.adapter)], settings)
+    return forgotten_at(state, classifier)
+
+
+def forget_owner(
+    encoder: FrozenEncoder,
+    classifier: Classifier,
+    examples: Examples,
+    forget: Collection[str],
+    *,
+    settings: ForgetSettings,
+    seed: int,
+    alone: bool = False,
+) -> EditOwner:
+    """Return an owner of some of the examples: it may have rows to forget, rows to retain, or both.
+
+    Args:
+        encoder: The frozen encoder.
+        classifier: With a row of its head for every class.
+        examples: Of this owner.
+        forget: The classes to forget.
+        settings: Weights, bounds, steps.
+        seed: Of the order of examples.
+        alone: Whether these are all the examples that there are.
+
+    Raises:
+        DataError: A class is unknown, or all classes would go.
+        ConfigError: There are other owners, and ``push`` or ``pull`` need prototypes of all examples.
+    """
+    prototypes: _Prototypes | None = None
+    if settings.push or settings.pull:
+        if not alone:
+            raise ConfigError(
+                "push and pull need prototypes of all examples, which are not at one place; set both to 0"
+            )
+        prototypes = _prototypes(encoder, classifier, examples, settings)
+    return EditOwner(
+        encoder, classifier, examples, examples.of(classifier.indices(forget)),
+        losses=_losses(settings, prototypes), settings=settings, seed=seed,
+    )  # fmt: skip
+
+
+def forget_step(state: EditState, shares: Sequence[GradientShare], settings: ForgetSettings) -> EditState:
+    """Take one step, and after it the proximal one, so that blocks of what all owners get are exactly zero.
+
+    Raises:
+        DataError: Nobody has rows to retain, or nobody has rows to forget.
+        ConfigError: The loss became NaN or infinite.
+    """
+    return advance(state, shares, settings, after_step=partial(_shrink, settings=settings))
+
+
+def forgotten_at(state: EditState, classifier: Classifier) -> Forgotten:
+    """Return what was trained."""
+    return forgotten_by(Edited(state.adapter, with_adapter(classifier, state.adapter), state.losses))
 
 
 def forgotten_by(edited: Edited) -> Forgotten:
@@ -162,14 +220,28 @@ def divergence(prototypes: Tensor, features: Tensor) -> Tensor:
     return (wanted.exp() * (wanted - found)).sum(1)
 
 
-def _loss(step: Step, *, settings: ForgetSettings, prototypes: _Prototypes | None) -> Tensor:
-    losses, gone = cross_entropy(step.logits, step.targets, reduction="none"), step.forgotten
-    bound = chance_bound(step.logits.shape[1], settings.margin)
-    total = losses[~gone].mean() + settings.beta * bounded_loss(losses[gone], bound, hinge=settings.hinge)
+def _losses(settings: ForgetSettings, prototypes: _Prototypes | None) -> Losses:
+    return Losses(
+        retain=partial(_retention, settings=settings, prototypes=prototypes),
+        forget=partial(_forgetting, settings=settings, prototypes=prototypes),
+    )
+
+
+def _retention(step: Step, *, settings: ForgetSettings, prototypes: _Prototypes | None) -> Tensor:
+    loss = cross_entropy(step.logits, step.targets)
     if prototypes is None:
-        return total
-    away = divergence(prototypes.means[step.targets], step.features)
-    return total + settings.push * relu(prototypes.bound - away[gone].mean()) + settings.pull * away[~gone].mean()
+        return loss
+    return loss + settings.pull * divergence(prototypes.means[step.targets], step.features).mean()
+
+
+def _forgetting(step: Step, *, settings: ForgetSettings, prototypes: _Prototypes | None) -> Tensor:
+    losses = cross_entropy(step.logits, step.targets, reduction="none")
+    bound = chance_bound(step.logits.shape[1], settings.margin)
+    loss = settings.beta * bounded_loss(losses, bound, hinge=settings.hinge)
+    if prototypes is None:
+        return loss
+    away = divergence(prototypes.means[step.targets], step.features).mean()
+    return loss + settings.push * relu(prototypes.bound - away)
 
 
 def _shrink(number: int, learning_rate: float, adapter: Adapter, *, settings: ForgetSettings) -> None:

@@ -47,11 +47,13 @@ _EDIT, _OWN, _FIRST, _MEAN = "edit.", "own.", "first.", "mean."
 Count = Annotated[int, Field(ge=1, le=2**31)]
 
 
-class _Facts(BaseModel):
+class Facts(BaseModel):
+    """What a payload states beside its tensors: closed, and finite."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class ShareFacts(_Facts):
+class ShareFacts(Facts):
     """What an owner states of what it sends; nothing of it is believed.
 
     Attributes:
@@ -97,7 +99,7 @@ class SumsFacts(ShareFacts):
     ridge: dict[Literal["total", "held_out"], Annotated[int, Field(ge=0, le=2**31)]]
 
 
-FactsT = TypeVar("FactsT", bound=_Facts)
+FactsT = TypeVar("FactsT", bound=Facts)
 
 
 def encode_start(start: TaskStart) -> bytes:
@@ -105,7 +107,7 @@ def encode_start(start: TaskStart) -> bytes:
     tensors = {**_factors(start.adapter), **_head(start.head), **_factors(start.edit, _EDIT)}
     if start.towards is not None:
         tensors |= {f"{_MEAN}{LORA_B}{name}": factors.b for name, factors in start.towards.items()}
-    return _encode(tensors, {})
+    return encode_tensors(tensors, {})
 
 
 def decode_start(payload: bytes, manifest: AdapterManifest, *, classes: int, width: int, rank: int) -> TaskStart:
@@ -121,7 +123,7 @@ def decode_start(payload: bytes, manifest: AdapterManifest, *, classes: int, wid
     Raises:
         PayloadError: The bytes are not that.
     """
-    tensors, _ = _decode(payload)
+    tensors, _ = decode_tensors(payload)
     own: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {**_head_shapes(classes, width)}
     for name, (out, in_) in manifest.layers.items():
         own |= {f"{LORA_A}{name}": (torch.float32, (rank, in_)), f"{LORA_B}{name}": (torch.float32, (out, rank))}
@@ -152,13 +154,13 @@ def decode_trained(payload: bytes, start: TaskStart) -> tuple[TrainedFacts, Trai
         PayloadError: The bytes are not that, or a number is not finite.
     """
     adapter, head, stated = decode_factors_b(payload, start)
-    facts = _facts(TrainedFacts, stated)
+    facts = read_facts(TrainedFacts, stated)
     return facts, TrainedShare(facts.num_examples, adapter, head)
 
 
 def encode_factors_b(adapter: Adapter, head: LinearHead, facts: Mapping[str, object]) -> bytes:
     """Encode an adapter without ``A``, a head, and facts that JSON can say."""
-    return _encode({**{f"{LORA_B}{name}": each.b for name, each in adapter.items()}, **_head(head)}, facts)
+    return encode_tensors({**{f"{LORA_B}{name}": each.b for name, each in adapter.items()}, **_head(head)}, facts)
 
 
 def decode_factors_b(payload: bytes, start: TaskStart) -> tuple[Adapter, LinearHead, dict[str, object]]:
@@ -171,7 +173,7 @@ def decode_factors_b(payload: bytes, start: TaskStart) -> tuple[Adapter, LinearH
         **{f"{LORA_B}{name}": (torch.float32, tuple(each.b.shape)) for name, each in start.adapter.items()},
         **_head_shapes(start.head.classes, start.head.weight.shape[1]),
     }
-    tensors, facts = _decode(payload, most=bytes_of(shapes))
+    tensors, facts = decode_tensors(payload, most=bytes_of(shapes))
     check_tensors(tensors, shapes)
     adapter = {name: LoraFactors(a=each.a, b=tensors[f"{LORA_B}{name}"]) for name, each in start.adapter.items()}
     return adapter, LinearHead(tensors["head.weight"], tensors["head.bias"]), facts
@@ -179,7 +181,7 @@ def decode_factors_b(payload: bytes, start: TaskStart) -> tuple[Adapter, LinearH
 
 def encode_under(own: Adapter, first: Adapter | None) -> bytes:
     """Encode the adapters that features are summed under: a task's, and the first one's where that is another."""
-    return _encode({**_factors(own, _OWN), **_factors(first or {}, _FIRST)}, {})
+    return encode_tensors({**_factors(own, _OWN), **_factors(first or {}, _FIRST)}, {})
 
 
 def decode_under(payload: bytes, manifest: AdapterManifest) -> tuple[Adapter, Adapter | None]:
@@ -188,7 +190,7 @@ def decode_under(payload: bytes, manifest: AdapterManifest) -> tuple[Adapter, Ad
     Raises:
         PayloadError: The bytes are not that, or a number is not finite.
     """
-    tensors, _ = _decode(payload)
+    tensors, _ = decode_tensors(payload)
     if strange := sorted(key for key in tensors if not key.startswith((_OWN, _FIRST))):
         raise PayloadError(f"expected factors of one or two adapters, got {strange[0][:80]!r}")
     own, first = (_any_adapter(within(tensors, prefix), manifest) for prefix in (_OWN, _FIRST))
@@ -212,7 +214,7 @@ def encode_sums(part: TaskKnowledge, facts: ShareFacts, *, trained_sha256: str, 
         tensors |= {f"{_FIRST}{key}": value for key, value in statistics_to_tensors(part.first).items()}
     tensors |= {f"ridge.{key}": value for key, value in ridge.items()}
     stated = SumsFacts.model_validate({**facts.model_dump(), "trained_sha256": trained_sha256, "ridge": counts})
-    return _encode(tensors, stated.model_dump(mode="json"))
+    return encode_tensors(tensors, stated.model_dump(mode="json"))
 
 
 def decode_sums(
@@ -232,9 +234,9 @@ def decode_sums(
         PayloadError: The bytes are not that, or a number is not finite.
     """
     shapes = sum_shapes(settings, classes=len(task.classes), width=head.weight.shape[1], is_first=is_first)
-    tensors, stated = _decode(payload, most=bytes_of(shapes))
+    tensors, stated = decode_tensors(payload, most=bytes_of(shapes))
     check_tensors(tensors, shapes)
-    facts = _facts(SumsFacts, stated)
+    facts = read_facts(SumsFacts, stated)
     if set(facts.ridge) != ({"total", "held_out"} if settings.keeps_ridge_sums else set()):
         raise PayloadError(f"expected counts of the sums of random features as this run has them, got {facts.ridge}")
     if int(tensors["statistics.count"].min()) < 0 or int(tensors.get(f"{_FIRST}count", torch.zeros(1)).min()) < 0:
@@ -254,7 +256,7 @@ def decode_sums(
 
 def sum_shapes(settings: MosSettings, *, classes: int, width: int, is_first: bool) -> Shapes:
     """Return which tensors the sums of a task are."""
-    moments = width if settings.moments == "diagonal" else _triangle(width)
+    moments = width if settings.moments == "diagonal" else triangle(width)
     shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for prefix in ("statistics.",) if is_first else ("statistics.", _FIRST):
         shapes |= {
@@ -264,7 +266,7 @@ def sum_shapes(settings: MosSettings, *, classes: int, width: int, is_first: boo
         }
     for prefix in ("ridge.total.", "ridge.held_out.") if settings.keeps_ridge_sums else ():
         side = settings.ridge_dimensions
-        shapes[f"{prefix}gram"] = (torch.float64, (_triangle(side),))
+        shapes[f"{prefix}gram"] = (torch.float64, (triangle(side),))
         shapes[f"{prefix}cross"] = (torch.float64, (side, classes))
     return shapes
 
@@ -299,7 +301,8 @@ def _check_finite(tensors: Mapping[str, Tensor]) -> None:
             raise PayloadError(f"{name} has NaN or an infinity")
 
 
-def _encode(tensors: Mapping[str, Tensor], facts: Mapping[str, object]) -> bytes:
+def encode_tensors(tensors: Mapping[str, Tensor], facts: Mapping[str, object]) -> bytes:
+    """Return tensors and facts as one payload; equal ones give equal bytes."""
     text = json.dumps(dict(facts), sort_keys=True, allow_nan=False, separators=(",", ":"))
     # a copy, because safetensors refuses tensors that share memory
     plain = {
@@ -308,7 +311,12 @@ def _encode(tensors: Mapping[str, Tensor], facts: Mapping[str, object]) -> bytes
     return save(plain, {_METADATA_KEY: text})
 
 
-def _decode(payload: bytes, *, most: int | None = None) -> tuple[dict[str, Tensor], dict[str, object]]:
+def decode_tensors(payload: bytes, *, most: int | None = None) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """Read what :func:`encode_tensors` made, or anything else.
+
+    Raises:
+        PayloadError: The bytes are too many, or are not that.
+    """
     if most is not None and len(payload) > most:
         raise PayloadError(f"expected at most {most} bytes, got {len(payload)}")
     header = read_header(payload, dtypes=_DTYPES.keys(), max_header_bytes=_MAX_HEADER_BYTES)
@@ -322,7 +330,12 @@ def _decode(payload: bytes, *, most: int | None = None) -> tuple[dict[str, Tenso
     return tensors, facts
 
 
-def _facts(kind: type[FactsT], stated: Mapping[str, object]) -> FactsT:
+def read_facts(kind: type[FactsT], stated: Mapping[str, object]) -> FactsT:
+    """Read stated facts as a closed record.
+
+    Raises:
+        PayloadError: They are not one.
+    """
     try:
         return kind.model_validate(stated)
     except ValidationError as error:
@@ -360,5 +373,6 @@ def _head_shapes(classes: int, width: int) -> Shapes:
     return {"head.weight": (torch.float32, (classes, width)), "head.bias": (torch.float32, (classes,))}
 
 
-def _triangle(side: int) -> int:
+def triangle(side: int) -> int:
+    """Return how many entries the upper triangle of a square matrix has."""
     return side * (side + 1) // 2

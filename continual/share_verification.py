@@ -40,11 +40,11 @@ def verify_sums(part: TaskKnowledge, *, num_examples: int, settings: MosSettings
     if counts != [each.count for each in part.first] or sum(counts) != num_examples:
         raise PayloadError(f"expected counts of {num_examples} examples, the same under both adapters, got {counts}")
     for label, own, first in zip(part.classes, part.statistics, part.first, strict=True):
-        _check_class(label, own)
+        check_class(label, own)
         if first is not own:
-            _check_class(label, first)
+            check_class(label, first)
     if part.ridge is not None:
-        _check_ridge(part.ridge, counts, settings, width=part.head.weight.shape[1])
+        check_ridge(part.ridge, counts, settings, width=part.head.weight.shape[1])
 
 
 def verify_adapter(adapter: Adapter, head: LinearHead, *, most: float) -> None:
@@ -59,7 +59,12 @@ def verify_adapter(adapter: Adapter, head: LinearHead, *, most: float) -> None:
         raise PayloadError(f"Frobenius norm {norm:.6g} is above max_update_norm={most:g}")
 
 
-def _check_class(label: str, kept: ClassStatistics) -> None:
+def check_class(label: str, kept: ClassStatistics) -> None:
+    """Do nothing if statistics can be those of features of length 1.
+
+    Raises:
+        PayloadError: They cannot.
+    """
     n, spread = kept.count, kept.moment if kept.moment.ndim == 1 else kept.moment.diagonal()
     if n == 0:
         if bool(kept.total.any()) or bool(kept.moment.any()):
@@ -80,7 +85,12 @@ def _check_class(label: str, kept: ClassStatistics) -> None:
         raise PayloadError(f"the sums of class {label!r} are no sums of features: a variance would be {lowest:.3g}")
 
 
-def _check_ridge(sums: RidgeSums, counts: list[int], settings: MosSettings, *, width: int) -> None:
+def check_ridge(sums: RidgeSums, counts: list[int], settings: MosSettings, *, width: int) -> None:
+    """Do nothing if sums can be those of random features of so many examples of each class.
+
+    Raises:
+        PayloadError: They cannot.
+    """
     total, held_out = sums.total, sums.held_out
     if total.count != sum(counts) or held_out.count > total.count:
         raise PayloadError(f"expected ridge sums of {sum(counts)} examples, got {total.count} and {held_out.count}")

@@ -4,15 +4,13 @@ All three are one transaction, whoever trained the edit and on whose data. What 
 trained on the examples is worked out here too, since the certificate says how far it holds.
 """
 
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from pomona.continual.encoder import FrozenEncoder, States
 from pomona.continual.exactness import Verdict, exactness_of
 from pomona.continual.knowledge import Knowledge
-from pomona.continual.mos import predict
 from pomona.continual.requests import MetRequest
+from pomona.continual.scores import Scores
 from pomona.continual.verification import Assessment, assess
 from pomona.coordinator.increments import encode_increment
 from pomona.coordinator.memory import Memory, feature_adapter, recipe, state_of
@@ -21,28 +19,6 @@ from pomona.storage.records import NewLearned, Parent, Version
 from pomona.storage.registry import Registry
 
 METHOD = "gs-lora"
-
-
-@dataclass(frozen=True, slots=True)
-class Scores:
-    """Right answers on each class; sums over examples, so those of several owners add up.
-
-    Attributes:
-        right: Of each class that has test examples.
-        counts: Those examples.
-    """
-
-    right: Mapping[str, int]
-    counts: Mapping[str, int]
-
-    def accuracies(self) -> dict[str, float]:
-        """Return the share of right answers on each class."""
-        return {label: self.right.get(label, 0) / count for label, count in self.counts.items()}
-
-    def accuracy(self, classes: Collection[str]) -> float:
-        """Return the share of right answers on all examples of some classes, of which one must have examples."""
-        there = [label for label in classes if label in self.counts]
-        return sum(self.right.get(label, 0) for label in there) / sum(self.counts[label] for label in there)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +36,6 @@ class Edit:
     before: Scores
     edited: Scores
     left: Scores
-
-
-def scores_of(encoder: FrozenEncoder, knowledge: Knowledge, states: States, labels: Sequence[str]) -> Scores:
-    """Score some knowledge on labelled examples; on a class that is not known no answer is right."""
-    answers = [knowledge.classes[i] for i in predict(encoder, knowledge, states).tolist()]
-    right = Counter(label for label, answer in zip(labels, answers, strict=True) if label == answer)
-    return Scores(right=right, counts=Counter(labels))
 
 
 def publish_edit(

@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 import httpx
 from flwr.serverapp import Grid
-from pomona.coordinator.task_loop import TaskLoop
 
 from pomona.coordinator.beginning import begin_run
 from pomona.coordinator.membership import cuts_off
@@ -14,6 +13,7 @@ from pomona.coordinator.private_loop import PrivateLoop
 from pomona.coordinator.replies import server_gone
 from pomona.coordinator.round_loop import RoundLoop
 from pomona.coordinator.secure_loop import SecureLoop
+from pomona.coordinator.task_loop import TaskLoop
 from pomona.settings import RunSettings
 from pomona.storage.records import Version
 from pomona.storage.registry import Registry

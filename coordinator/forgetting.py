@@ -15,7 +15,8 @@ import torch
 from pomona.continual.editing import Examples
 from pomona.continual.forgetting import ForgetSettings
 from pomona.continual.requests import forget_in_knowledge
-from pomona.coordinator.edits import Edit, publish_edit, scores_of
+from pomona.continual.scores import scores_of
+from pomona.coordinator.edits import Edit, publish_edit
 from pomona.coordinator.memory import Memory, find_base, newest, open_encoder, recall, threads
 from pomona.coordinator.streams import read_split
 from pomona.datasets import Dataset, check_labels

@@ -1,0 +1,332 @@
+"""What coordinator and owners send each other for one request to forget, as bytes: factors down; gradients, moves up.
+
+Made and read as the payloads of a task are (:mod:`pomona.continual.share_payload`): the reader knows which tensors
+there must be, and takes no others. An owner's gradients may be anything that is finite and no longer than allowed. Its
+moves must be such as features of length 1 have: the statistics after the edit are checked as those of a task are, and
+what was summed before is no longer than the number of examples. Right answers are no more than examples.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, NonNegativeFloat, model_validator
+from torch import Tensor
+
+from pomona.adapters import LoraFactors
+from pomona.continual.edit_rounds import EditState, Gradient, GradientShare
+from pomona.continual.encoder import Adapter
+from pomona.continual.knowledge import Knowledge, TaskKnowledge
+from pomona.continual.moves import ClassMove, TaskMoves
+from pomona.continual.packing import (
+    ridge_from_tensors,
+    ridge_to_tensors,
+    statistics_from_tensors,
+    statistics_to_tensors,
+    within,
+)
+from pomona.continual.scores import Scores
+from pomona.continual.share_payload import (
+    Facts,
+    Shapes,
+    bytes_of,
+    check_tensors,
+    decode_tensors,
+    encode_tensors,
+    read_facts,
+    triangle,
+)
+from pomona.continual.share_verification import check_class, check_ridge
+from pomona.errors import PayloadError
+from pomona.manifest import LORA_A, LORA_B
+from pomona.protocol import ClientName, Reference
+from pomona.settings import Sha256
+
+_ROUNDING = 1e-4  # features are float32: their lengths are 1 within a few units in the last place
+_RETAINED, _FORGOTTEN, _OWN, _FIRST = "retained.", "forgotten.", "own.", "first."
+
+Rows = Annotated[int, Field(ge=0, le=2**31)]
+
+
+class RequestFacts(Facts):
+    """What an owner states of what it sends; nothing of it is believed.
+
+    Attributes:
+        client: Its name.
+        parent: Reference of the version that is edited.
+        base_sha256: Hash of the base model it has.
+        number: Steps that were taken before.
+        nonce: Random, new each time.
+    """
+
+    client: ClientName
+    parent: Reference
+    base_sha256: Sha256
+    number: Rows
+    nonce: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+
+
+class GradientFacts(RequestFacts):
+    """Of gradients; rows of 0 say that the owner has none of the kind.
+
+    Attributes:
+        retained: Rows to retain.
+        forgotten: Rows to forget.
+        retained_loss: Mean loss on those to retain, 0 where there are none.
+        forgotten_loss: Mean loss on those to forget, likewise.
+    """
+
+    format: Literal["edit-gradients/1"] = "edit-gradients/1"
+    retained: Rows
+    forgotten: Rows
+    retained_loss: NonNegativeFloat
+    forgotten_loss: NonNegativeFloat
+
+    @model_validator(mode="after")
+    def _has_rows(self) -> "GradientFacts":
+        if not self.retained + self.forgotten:
+            raise ValueError("expected rows of some kind, got none")
+        return self
+
+
+class MovesFacts(RequestFacts):
+    """Of moves.
+
+    Attributes:
+        ridge: For each task, examples behind sums of random features, in all and held out; empty where none are kept.
+    """
+
+    format: Literal["edit-moves/1"] = "edit-moves/1"
+    ridge: list[dict[Literal["total", "held_out"], Rows]]
+
+
+class ScoresFacts(RequestFacts):
+    """Of scores."""
+
+    format: Literal["edit-scores/1"] = "edit-scores/1"
+
+
+def encode_edit(adapter: Adapter) -> bytes:
+    """Encode the factors that the next gradients are taken at; their scale is not sent."""
+    return encode_tensors(_factors(adapter), {})
+
+
+def decode_edit(payload: bytes, like: Adapter) -> Adapter:
+    """Read what :func:`encode_edit` made, or anything else.
+
+    Args:
+        payload: The bytes.
+        like: An edit of the same encoder and rank, such as :func:`pomona.continual.edit_rounds.start_edit` gives.
+
+    Raises:
+        PayloadError: The bytes are not that, or a number is not finite.
+    """
+    shapes = _factor_shapes(like)
+    tensors, _ = decode_tensors(payload, most=bytes_of(shapes))
+    check_tensors(tensors, shapes)
+    return {
+        name: LoraFactors(a=tensors[LORA_A + name], b=tensors[LORA_B + name], scale=each.scale)
+        for name, each in like.items()
+    }
+
+
+def encode_gradients(share: GradientShare, facts: RequestFacts) -> bytes:
+    """Encode an owner's share of a step."""
+    tensors: dict[str, Tensor] = {}
+    told: dict[str, object] = {}
+    for prefix, each in ((_RETAINED, share.retained), (_FORGOTTEN, share.forgotten)):
+        kind = prefix.removesuffix(".")
+        tensors |= _factors(each.factors, prefix) if each else {}
+        told |= {kind: each.rows if each else 0, f"{kind}_loss": each.loss if each else 0.0}
+    return encode_tensors(tensors, GradientFacts.model_validate({**facts.model_dump(), **told}).model_dump(mode="json"))
+
+
+def decode_gradients(
+    payload: bytes, state: EditState, *, most: float, max_rows: int
+) -> tuple[GradientFacts, GradientShare]:
+    """Read what :func:`encode_gradients` made of a state, or anything else.
+
+    Args:
+        payload: The bytes.
+        state: Where the edit is.
+        most: Frobenius norm that a gradient of either kind may have, over all layers.
+        max_rows: Rows of either kind that an owner may have.
+
+    Raises:
+        PayloadError: The bytes are not that, a number is not finite, or a gradient is longer.
+    """
+    both = {**_factor_shapes(state.adapter, _RETAINED), **_factor_shapes(state.adapter, _FORGOTTEN)}
+    tensors, stated = decode_tensors(payload, most=bytes_of(both))
+    facts = read_facts(GradientFacts, stated)
+    rows = {_RETAINED: facts.retained, _FORGOTTEN: facts.forgotten}
+    check_tensors(tensors, {key: each for key, each in both.items() if rows[key[: key.index(".") + 1]]})
+    if facts.number != state.number or max(rows.values()) > max_rows:
+        raise PayloadError(
+            f"expected gradients of step {state.number} over at most {max_rows} rows of a kind, "
+            f"got step {facts.number} over {facts.retained} and {facts.forgotten}"
+        )
+    losses = {_RETAINED: facts.retained_loss, _FORGOTTEN: facts.forgotten_loss}
+    found = {
+        prefix: _gradient(within(tensors, prefix), state.adapter, count, losses[prefix], most=most) if count else None
+        for prefix, count in rows.items()
+    }
+    return facts, GradientShare(found[_RETAINED], found[_FORGOTTEN])
+
+
+def encode_moves(moves: Sequence[TaskMoves], facts: RequestFacts) -> bytes:
+    """Encode how an owner's features moved, task after task; what is the same under both adapters is sent once."""
+    tensors, ridge = dict[str, Tensor](), list[dict[str, int]]()
+    for position, each in enumerate(moves):
+        sums, counts = ridge_to_tensors(each.ridge)
+        ridge.append(counts)
+        parts = {_FIRST: each.first} if position == 0 else {_OWN: each.own, _FIRST: each.first}
+        for prefix, classes in parts.items():
+            tensors |= {f"{position}.{prefix}{key}": value for key, value in _move_tensors(classes).items()}
+        tensors |= {f"{position}.ridge.{key}": value for key, value in sums.items()}
+    stated = MovesFacts.model_validate({**facts.model_dump(), "ridge": ridge})
+    return encode_tensors(tensors, stated.model_dump(mode="json"))
+
+
+def decode_moves(
+    payload: bytes, knowledge: Knowledge, forget: Collection[str], *, max_rows: int
+) -> tuple[MovesFacts, tuple[TaskMoves, ...]]:
+    """Read what :func:`encode_moves` made of the retained examples, or anything else.
+
+    Args:
+        payload: The bytes.
+        knowledge: Before the edit.
+        forget: The classes to forget; nothing may be told of them.
+        max_rows: Retained examples that an owner may have.
+
+    Raises:
+        PayloadError: The bytes are not that, or no features can have moved so.
+    """
+    shapes = _move_shapes(knowledge)
+    tensors, stated = decode_tensors(payload, most=bytes_of(shapes))
+    check_tensors(tensors, shapes)
+    facts = read_facts(MovesFacts, stated)
+    wanted = [{"total", "held_out"} if _has_ridge(knowledge, task) else set[str]() for task in knowledge.tasks]
+    if [set(each) for each in facts.ridge] != wanted:
+        raise PayloadError(f"expected counts of random features of {len(wanted)} tasks as they are kept, got others")
+    found = tuple(
+        _read_moves(within(tensors, f"{position}."), {str(k): n for k, n in facts.ridge[position].items()}, task)
+        for position, task in enumerate(knowledge.tasks)
+    )
+    for task, moves in zip(knowledge.tasks, found, strict=True):
+        _verify(task, moves, forget, knowledge)
+    if (rows := sum(each.after.count for moves in found for each in moves.first)) > max_rows:
+        raise PayloadError(f"expected at most {max_rows} retained examples, got {rows}")
+    return facts, found
+
+
+def encode_scores(scores: Sequence[Scores], classes: Sequence[str], facts: RequestFacts) -> bytes:
+    """Encode scores of the same examples, such as those before and after an edit."""
+    right = [[each.right.get(label, 0) for label in classes] for each in scores]
+    tensors = {"right": torch.tensor(right), "counts": torch.tensor([scores[0].counts.get(c, 0) for c in classes])}
+    return encode_tensors(tensors, ScoresFacts.model_validate(facts.model_dump()).model_dump(mode="json"))
+
+
+def decode_scores(
+    payload: bytes, classes: Sequence[str], *, sets: int, max_rows: int
+) -> tuple[ScoresFacts, tuple[Scores, ...]]:
+    """Read what :func:`encode_scores` made, or anything else.
+
+    Args:
+        payload: The bytes.
+        classes: That are scored, in order.
+        sets: Scores that there must be.
+        max_rows: Examples of a class that an owner may have.
+
+    Raises:
+        PayloadError: The bytes are not that, or more answers are right than there are examples.
+    """
+    shapes: Shapes = {"right": (torch.int64, (sets, len(classes))), "counts": (torch.int64, (len(classes),))}
+    tensors, stated = decode_tensors(payload, most=bytes_of(shapes))
+    check_tensors(tensors, shapes)
+    right, counts = tensors["right"], tensors["counts"]
+    if int(right.min()) < 0 or bool((right > counts).any()) or int(counts.max()) > max_rows:
+        raise PayloadError(f"expected right answers among at most {max_rows} examples of a class, got others")
+    there = {label: count for label, count in zip(classes, counts.tolist(), strict=True) if count}
+    found = [Scores(dict(zip(classes, row, strict=True)), there) for row in right.tolist()]
+    return read_facts(ScoresFacts, stated), tuple(found)
+
+
+def _gradient(tensors: Mapping[str, Tensor], like: Adapter, rows: int, loss: float, *, most: float) -> Gradient:
+    factors = {name: LoraFactors(a=tensors[LORA_A + name], b=tensors[LORA_B + name]) for name in like}
+    norm = sum(float(each.double().square().sum()) for each in tensors.values()) ** 0.5
+    if not norm <= most:
+        raise PayloadError(f"a gradient has the Frobenius norm {norm:.6g}, expected at most {most:g}")
+    return Gradient(rows, loss, factors)
+
+
+def _factors(adapter: Adapter, prefix: str = "") -> dict[str, Tensor]:
+    found = {f"{prefix}{LORA_A}{name}": each.a for name, each in adapter.items()}
+    return found | {f"{prefix}{LORA_B}{name}": each.b for name, each in adapter.items()}
+
+
+def _factor_shapes(adapter: Adapter, prefix: str = "") -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    return {key: (torch.float32, tuple(each.shape)) for key, each in _factors(adapter, prefix).items()}
+
+
+def _move_tensors(classes: Sequence[ClassMove]) -> dict[str, Tensor]:
+    if not classes:
+        return {}
+    return {"before": torch.stack([each.before for each in classes])} | statistics_to_tensors(
+        [each.after for each in classes]
+    )
+
+
+def _move_shapes(knowledge: Knowledge) -> Shapes:
+    settings, width = knowledge.settings, knowledge.head.weight.shape[1]
+    shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    for position, task in enumerate(knowledge.tasks):
+        count = len(task.classes)
+        for prefix in (_FIRST,) if position == 0 else (_OWN, _FIRST):
+            at = f"{position}.{prefix}"
+            moments = width if settings.moments == "diagonal" else triangle(width)
+            sizes = {"before": width, "total": width, "moment": moments}
+            shapes |= {f"{at}{key}": (torch.float64, (count, size)) for key, size in sizes.items() if count}
+            shapes |= {f"{at}count": (torch.int64, (count,))} if count else {}
+        for part in ("total", "held_out") if _has_ridge(knowledge, task) else ():
+            side = settings.ridge_dimensions
+            shapes[f"{position}.ridge.{part}.gram"] = (torch.float64, (triangle(side),))
+            shapes |= {f"{position}.ridge.{part}.cross": (torch.float64, (side, count))} if count else {}
+    return shapes
+
+
+def _has_ridge(knowledge: Knowledge, task: TaskKnowledge) -> bool:
+    return task.ridge is not None and knowledge.settings.head == "ridge"
+
+
+def _read_moves(tensors: Mapping[str, Tensor], ridge: Mapping[str, int], task: TaskKnowledge) -> TaskMoves:
+    first = _read_classes(within(tensors, _FIRST))
+    own = _read_classes(within(tensors, _OWN)) if any(key.startswith(_OWN) for key in tensors) else first
+    if len(first) != len(task.classes):
+        raise PayloadError(f"expected moves of {len(task.classes)} classes, got {len(first)}")
+    return TaskMoves(own, first, ridge_from_tensors(within(tensors, "ridge."), ridge))
+
+
+def _read_classes(tensors: Mapping[str, Tensor]) -> tuple[ClassMove, ...]:
+    if not tensors:
+        return ()
+    if int(tensors["count"].min()) < 0:
+        raise PayloadError("expected counts of at least 0, got a negative one")
+    return tuple(map(ClassMove, tensors["before"], statistics_from_tensors(tensors)))
+
+
+def _verify(task: TaskKnowledge, moves: TaskMoves, forget: Collection[str], knowledge: Knowledge) -> None:
+    counts = [each.after.count for each in moves.first]
+    if counts != [each.after.count for each in moves.own]:
+        raise PayloadError(f"expected the same examples of task {task.number} under both adapters")
+    for label, own, first in zip(task.classes, moves.own, moves.first, strict=True):
+        if label in forget and first.after.count:
+            raise PayloadError(f"expected nothing of {label!r}, which is to be forgotten; got {first.after.count} rows")
+        for each in (own, first):
+            check_class(label, each.after)
+            if not float(each.before.norm()) <= each.after.count * (1 + _ROUNDING):
+                raise PayloadError(
+                    f"expected features of length 1, the sum before of {each.after.count} examples of {label!r} has "
+                    f"length {float(each.before.norm()):g}"
+                )
+    if moves.ridge is not None:
+        check_ridge(moves.ridge, counts, knowledge.settings, width=knowledge.head.weight.shape[1])
