@@ -16,7 +16,7 @@ COHORT = 30
 ROUNDS = 12
 POPULATION: dict[str, Any] = {"population_size": CLIENTS, "delta": 4e-4, "sample_rate": COHORT / CLIENTS}
 SUPPOSED: dict[str, Any] = {"population_size": 1_000_000, "delta": 9.9e-7, "sample_rate": 5_000 / 1_000_000}
-SILOS, SILO_ROUNDS, SILO_STEPS, SILO_BATCH = 5, 4, 4, 48
+SILOS, SILO_ROUNDS, SILO_STEPS, SILO_BATCH = 5, 4, 4, 192
 
 METHODS: dict[str, dict[str, Any]] = {
     "dp-lora": {"strategy": "fedit", "rank": 4, "max_rank": 4},
