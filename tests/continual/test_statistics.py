@@ -11,12 +11,12 @@ from pomona.continual.statistics import (
     ClassStatistics,
     CompressedStatistics,
     GaussianClass,
-    Moments,
     cholesky,
     class_statistics,
     shrunk,
 )
 from pomona.errors import DataError, PayloadError
+from pomona.mos_settings import Moments
 
 MOMENTS: tuple[Moments, Moments] = ("full", "diagonal")
 

@@ -224,7 +224,7 @@ def test_clients_learn_nothing_of_each_other_but_adapters(
 # Clients that lie
 
 
-Change = Callable[[dict[str, Tensor], dict[str, object]], None]
+Change = Callable[[dict[str, Tensor], dict[str, object]], object]
 
 
 def changed(kind: str, change: Change, *, task: int = 1) -> Tamper:

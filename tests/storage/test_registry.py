@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -212,13 +213,13 @@ def test_numbers_that_are_not_finite_survive_as_unknown(
 
 
 def test_a_run_is_taken_up_only_as_it_was(registry: Registry) -> None:
-    facts = {"run_id": "run-1", "adapter": "demo", "base_sha256": "b" * 64}
+    start = partial(registry.start_run, run_id="run-1", adapter="demo", base_sha256="b" * 64)
     registry.finish_run("run-1", "failed", "power cut")
     assert registry.run("run-1").reason == "power cut"
-    resumed = registry.start_run(**facts, settings_json="{}")
+    resumed = start(settings_json="{}")
     assert (resumed.state, resumed.reason, resumed.finished_at) == ("running", "", None)
     with pytest.raises(VersionConflict, match="other settings"):
-        registry.start_run(**facts, settings_json='{"rounds": 4}')
+        start(settings_json='{"rounds": 4}')
     assert [run.id for run in registry.runs()] == ["run-1"]
 
 
