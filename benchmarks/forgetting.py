@@ -212,6 +212,7 @@ def main() -> None:
     """Measure what is missing, then print the tables and draw the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS, *RETRAINED], default=[*METHODS, *RETRAINED])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--report", action="store_true", help="measure nothing")
     parser.add_argument("--out", type=Path, default=OUT)
@@ -220,6 +221,8 @@ def main() -> None:
     benches: dict[int, Bench] = {}
     if not options.report:
         for piece in pieces(options.seeds, options.out):
+            if piece.method not in options.methods:
+                continue
             if any(all(run[k] == v for k, v in piece.facts().items()) for run in read_runs(options.out)):
                 continue
             if piece.seed not in benches:
