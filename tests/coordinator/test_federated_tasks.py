@@ -127,7 +127,7 @@ def test_one_client_with_all_rows_and_one_round_gives_the_bytes_of_central_learn
         assert same(known(registry, ref), expected)
 
 
-def test_each_task_becomes_a_version_that_predicts_and_forgets_like_one_that_was_learned_centrally(
+def test_each_task_becomes_a_version_that_predicts_like_one_that_was_learned_centrally(
     registry: Registry, make_settings: MakeSettings, make_nodes: MakeNodes, toy_data: Path, tmp_path: Path
 ) -> None:
     settings = make_settings(rounds_per_task=2)
