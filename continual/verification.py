@@ -59,7 +59,7 @@ def accuracy_of_classes(
     """
     answers = [classes[i] for i in logits.argmax(1).tolist()]
     right = torch.tensor([names[t] == found for t, found in zip(targets.tolist(), answers, strict=True)])
-    return {names[t]: float(right[targets == t].double().mean()) for t in sorted(set(targets.tolist()))}
+    return {names[t]: float(right[targets == t].double().mean()) for t in sorted(set(map(int, targets.tolist())))}
 
 
 def assess(
