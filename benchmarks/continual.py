@@ -14,6 +14,7 @@ Run as ``python benchmarks/continual.py --tune``, then without; results, table a
 """
 
 import argparse
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -87,14 +88,19 @@ def rates(out: Path, stream: str) -> dict[str, float]:
 
 
 def _stream(options: argparse.Namespace, wanted: dict[str, object]) -> Stream:
-    stream = stream_of(
+    return _checked_stream(
         options.stream,
-        seed=int(str(wanted["seed"])),
-        order=int(str(wanted["order"])),
-        split=str(wanted["split"]),
-        folder=options.encoders,
-        fashion=options.fashion,
+        int(str(wanted["seed"])),
+        int(str(wanted["order"])),
+        str(wanted["split"]),
+        options.encoders,
+        options.fashion,
     )
+
+
+@lru_cache(maxsize=1)  # pieces of one seed and order come one after another
+def _checked_stream(name: str, seed: int, order: int, split: str, encoders: Path, fashion: Path) -> Stream:
+    stream = stream_of(name, seed=seed, order=order, split=split, folder=encoders, fashion=fashion)
     check_exactness(stream)
     return stream
 
