@@ -1,6 +1,7 @@
 """``pomona privacy plan``."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,9 @@ sample_rate = 0.05
 ranks = [1, 4]
 accountant = "rdp"
 """
+
+ROOT = Path(__file__).parents[2]
+FRAME = 'name = "pasted"\nrounds = 4\n[model]\nbase = "{model}"\nmax_length = 16\n[data]\nsource = "{data}"\n'
 
 
 @pytest.fixture
@@ -60,3 +64,25 @@ def test_what_cannot_be_promised_has_the_exit_code_of_settings(file: Path) -> No
     told = CliRunner().invoke(app, ["privacy", "plan", str(file)])
     assert told.exit_code == 3
     assert "ffa-nested" in told.stderr
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/privacy.md"])
+def test_what_the_pages_show_can_be_pasted_under_a_run_file(
+    page: str, tiny_bert: Path, toy_data: Path, tmp_path: Path
+) -> None:
+    shown = re.findall(r"```toml\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+    sections = [block for block in shown if "[privacy]" in block]
+    assert sections
+    for block in sections:
+        path = tmp_path / "pasted.toml"
+        path.write_text(FRAME.format(model=tiny_bert, data=toy_data) + block)
+        told = CliRunner().invoke(app, ["privacy", "plan", str(path), "--json"])
+        assert told.exit_code == 0, f"{block}\n{told.output}"
+
+
+def test_the_example_of_silos_has_little_noise_and_room_for_a_round_that_is_cut_off() -> None:
+    told = CliRunner().invoke(app, ["privacy", "plan", str(ROOT / "examples" / "private.toml"), "--json"])
+    facts = json.loads(told.stdout)
+    assert facts["feasibility"] < 1.5
+    assert facts["spare_rounds"] >= 1
+    assert facts["epsilon"] < facts["budget"] == 8.0

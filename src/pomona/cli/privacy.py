@@ -22,7 +22,7 @@ _SHOWN_ROUNDS = 8
 
 @app.command("plan")
 def plan(
-    path: Annotated[Path, typer.Argument(metavar="FILE", help="A run file with a section [privacy].")],
+    path: Annotated[Path, typer.Argument(metavar="FILE", help=r"A run file with a section \[privacy].")],
     *,
     as_json: Json = False,
 ) -> None:
@@ -69,11 +69,17 @@ def _some(rounds: int) -> list[int]:
 def _advice(planned: "PrivacyPlan", dimensions: int) -> str:
     if (ratio := planned.noise_to_signal(dimensions)) <= 1.0:
         return ""
+    if planned.unit == "example":
+        return (
+            f"the noise of one step is {ratio:.3g} times as long as the longest mean of gradients: take fewer steps of "
+            "more records (training.batch_size with privacy.sample_rate), train fewer numbers (a lower rank, fewer "
+            "target_modules), or allow a larger epsilon. The mean over steps and clients has less noise than this"
+        )
     if planned.unit == "local":
         return (
-            f"the noise on the mean of {planned.divisor**2 * 4:.0f} clients, each of which adds its own, is "
-            f"{ratio:.3g} times as long as the longest update: ask {ratio**2:.3g} times as many, or protect records "
-            "(unit='example') or clients (unit='client', trust='distributed')"
+            f"the noise on the mean of {planned.divisor**2 * 4:.0f} clients (cohort.min_clients), each of which adds "
+            f"its own, is {ratio:.3g} times as long as the longest update: ask {ratio**2:.3g} times as many, or "
+            "protect records (unit='example') or clients (unit='client', trust='distributed')"
         )
     return (
         f"the noise on the mean is {ratio:.3g} times as long as the longest update, so little will be learned: ask "
@@ -87,6 +93,8 @@ def _size(planned: "PrivacyPlan") -> str:
 
 
 def _hidden(planned: "PrivacyPlan") -> str:
+    if planned.unit == "local":
+        return f"what one client of {planned.population} has"
     if planned.trust == "distributed":
         return f"what one {planned.unit}{_size(planned)} in {planned.population} contributed"
     return f"whether one {planned.unit}{_size(planned)} in {planned.population} took part"
@@ -102,7 +110,21 @@ def _sampling(planned: "PrivacyPlan") -> str:
         )
     if planned.trust == "distributed":
         return f"all of {planned.divisor:g} that are connected"
+    if (made := planned.factorization) is not None:
+        return f"each client once in {made.bands} rounds, by a public schedule, about {planned.divisor:g} a round"
     return f"each client with probability {planned.sample_rate:g}, about {planned.divisor:g} a round"
+
+
+def _without_sampling(planned: "PrivacyPlan") -> list[tuple[str, str]]:
+    """Return what is left of a promise that counts on a secret sample, for whoever knows the sample."""
+    if not planned.amplified:
+        return []
+    known = "which examples a step took" if planned.unit == "example" else "who was asked"
+    return [(f"for whoever knows {known}", f"epsilon {planned.epsilon_without_sampling:.4g}")]
+
+
+def _spare(planned: "PrivacyPlan") -> str:
+    return f", and room for {planned.spare_rounds} more that are tried again" if planned.spare_rounds else ""
 
 
 def _show(planned: "PrivacyPlan", facts: dict[str, object]) -> None:
@@ -111,9 +133,12 @@ def _show(planned: "PrivacyPlan", facts: dict[str, object]) -> None:
         ("hidden", _hidden(planned)),
         ("from", "whoever sees the adapter" if planned.trust == "central" else "the coordinator, too"),
         ("mechanism", planned.mechanism + ranks),
-        ("promise", f"epsilon {facts['epsilon']:.4g} at delta {planned.delta:g} after {planned.rounds} rounds"),
+        (
+            "promise",
+            f"epsilon {facts['epsilon']:.4g} at delta {planned.delta:g} after {planned.rounds} rounds{_spare(planned)}",
+        ),
         ("budget", f"epsilon {planned.budget:g}, of all runs on {planned.population}"),
-        ("without secret cohorts", f"epsilon {facts['epsilon_without_sampling']:.4g}"),
+        *_without_sampling(planned),
         ("account", f"{planned.accountant} of {planned.library}, {planned.adjacency}"),
         ("sampling", _sampling(planned)),
         ("clip", f"{planned.clip:g}" + (", then adapting" if planned.count_noise else "")),
@@ -126,4 +151,5 @@ def _show(planned: "PrivacyPlan", facts: dict[str, object]) -> None:
     assert isinstance(by_round, dict)
     print_table(("after round", "epsilon"), [(number, f"{value:.4g}") for number, value in by_round.items()])
     if facts["advice"]:
-        console().print(f"[yellow]Hopeless as it is:[/] {facts['advice']}.")
+        grade = "Much noise" if planned.unit == "example" else "Hopeless as it is"
+        console().print(f"[yellow]{grade}:[/] {facts['advice']}.")

@@ -71,7 +71,11 @@ def confirm(
         from pomona.storage.ledger_witness import confirm as take_word  # noqa: PLC0415
 
         if not take_word(witness_folder(registry), population, registry.ledger(population)):
-            raise ConfigError(f"the ledger of {population!r} is not in doubt, or no word can help it")
+            known = sorted({row.population for row in registry.ledger()})
+            raise ConfigError(
+                f"the ledger of {population!r} is not in doubt, or no word can help it; "
+                f"there are ledgers of {', '.join(known) or 'nobody'}"
+            )
         registry.log_event("privacy-ledger-confirmed", population)
         console().print(f"{population}: releases go on where the ledger ends")
 
