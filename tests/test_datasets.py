@@ -128,7 +128,19 @@ def test_whatever_is_written_is_read(
     lines = [json.dumps({"text": text, "label": label, "user": user}) for text, label, user in rows]
     for path in (write(folder, "a.csv", buffer.getvalue()), write(folder, "a.jsonl", "\n".join(lines))):
         dataset = load_dataset(path, split=None)
-        assert list(zip(dataset.texts, dataset.labels, dataset.columns["user"], strict=True)) == rows
+        expected = [(text, label.strip(), user) for text, label, user in rows]
+        assert list(zip(dataset.texts, dataset.labels, dataset.columns["user"], strict=True)) == expected
+
+
+def test_white_space_around_a_label_makes_no_class_of_its_own(tmp_path: Path) -> None:
+    for name, content in {
+        "a.csv": "text,label\none, food\ntwo,food\t\nthree,food\u00a0\nfour,sea food\n",
+        "a.jsonl": "\n".join(
+            json.dumps({"text": "one", "label": label}) for label in (" food", "food\n", "food\u2003", "sea food")
+        ),
+    }.items():
+        dataset = load_dataset(write(tmp_path, name, content), split=None)
+        assert dataset.labels == dataset.columns["label"] == ("food", "food", "food", "sea food")
 
 
 def test_a_field_may_be_longer_than_the_csv_module_likes_and_its_limit_stays(tmp_path: Path) -> None:
@@ -197,6 +209,7 @@ BAD_CSV = {
     "text after a quote": (HEADER + '"one"two,x\n', "a.csv line 2 is not CSV"),
     "empty text": (HEADER + " ,x\n", "a.csv line 2: the text is empty"),
     "empty label": (HEADER + "one,x\ntwo,\n", "a.csv line 3: the label is empty"),
+    "blank label": (HEADER + "one,x\ntwo,\u00a0 \n", "a.csv line 3: the label is empty"),
     "latin 1": (b"text,label\nna\xefve,x\n", "a.csv line 2 is not UTF-8 at byte 2"),
     "utf-16": (HEADER.encode("utf-16"), "a.csv line 1 is not UTF-8 at byte 0"),
     "unknown split": (

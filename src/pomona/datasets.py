@@ -113,7 +113,8 @@ def load_dataset(source: str | Path, *, split: Split | None, task: Task = "class
     Args:
         source: ``wordnet-nouns`` (ships with the package), a ``.csv`` file with a header, or a ``.jsonl``
             file with one object per line; UTF-8. The columns ``text`` and ``label`` are required, ``split``
-            and any others are free. Blank lines are skipped; integer labels in JSON become their digits.
+            and any others are free. Blank lines are skipped; integer labels in JSON become their digits, and
+            white space around a label is no part of it.
         split: The part to return; None: everything. Where the source has no column ``split``,
             :func:`split_of` decides.
         task: ``causal-lm`` needs no labels and returns empty ones.
@@ -280,8 +281,10 @@ def _checked(where: str, cells: Mapping[str, object], needed: tuple[str, ...]) -
             raise DataError(f"{where}: the {column} is empty; fill it in or drop the row")
         if _SURROGATE.search(cell):
             raise DataError(f"{where}: the {column} holds half a surrogate pair, which UTF-8 cannot carry")
-    label = str(cells["label"]) if "label" in needed else ""
     others = {name: _cell(cell) for name, cell in cells.items() if name not in ("text", "split")}
+    if "label" in others:
+        others["label"] = others["label"].strip()
+    label = others["label"] if "label" in needed else ""
     return _Row(str(cells["text"]), label, str(split), others)
 
 
