@@ -19,6 +19,7 @@ from pomona.storage.records import NewLearned, Parent, Version
 from pomona.storage.registry import Registry
 
 METHOD = "gs-lora"
+SHORTFALL = "what the edit failed to do"  # of a certificate's evidence, where there is something to say
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,9 @@ def publish_edit(
         BlobWriteError: The version could not be written; nothing was changed.
     """
     name, left, found = memory.version.adapter, edit.met.left, edit.met.forgotten
-    verdict, told = verdict_of(memory.knowledge, classes, edit.met.stale), _assessment(memory, classes, edit)
+    told = _assessment(memory, classes, edit)
+    verdict = verdict_of(memory.knowledge, classes, edit.met.stale, edited=bool(found.groups_changed))
+    missed = shortfall(len(found.groups_changed), edit.before.accuracy(classes), told.acc_forget)
     affected = [
         version.ref
         for version in registry.versions(name)
@@ -83,15 +86,36 @@ def publish_edit(
             subjects=tuple(classes),
             method=METHOD,
             exactness=verdict.exactness,
-            reason=verdict.why,
-            evidence=_evidence(memory, classes, edit, told),
+            reason=f"{verdict.why}; {missed}" if missed else verdict.why,
+            evidence={**_evidence(memory, classes, edit, told), **({SHORTFALL: missed} if missed else {})},
             affected=affected,
         ),
         quarantined=affected,
     )
 
 
-def verdict_of(knowledge: Knowledge, classes: Collection[str], stale: Collection[str]) -> Verdict:
+def shortfall(groups_changed: int, before: float, after: float) -> str:
+    """Return what an edit failed to do, in one clause; nothing where it did what it is for.
+
+    Args:
+        groups_changed: Blocks that the forget-adapter changes.
+        before: Accuracy on the classes to forget before the edit, in ``[0, 1]``.
+        after: With the edit, before the classes lose their rows and statistics.
+
+    Example:
+        >>> shortfall(1, 0.5, 0.0)
+        ''
+    """
+    if not groups_changed:
+        return "the edit changed no block: only rows and statistics of the classes are gone"
+    if after >= before > 0.0:
+        return f"the edit did not lower the accuracy on the classes ({before:.4f} before, {after:.4f} with it)"
+    return ""
+
+
+def verdict_of(
+    knowledge: Knowledge, classes: Collection[str], stale: Collection[str], *, edited: bool = True
+) -> Verdict:
     """Return how far a request holds.
 
     A later task starts from, and is merged towards, the adapters before it. Of the heads those count that answer.
@@ -100,6 +124,7 @@ def verdict_of(knowledge: Knowledge, classes: Collection[str], stale: Collection
         knowledge: Before the request.
         classes: That were to be forgotten.
         stale: Names of sums that could not be renewed.
+        edited: Whether the forget-adapter changes anything; one that is zero is not in use.
     """
     holders = [task for task in knowledge.tasks if set(classes) & set(task.classes)]
     first = knowledge.tasks.index(holders[0])
@@ -108,8 +133,9 @@ def verdict_of(knowledge: Knowledge, classes: Collection[str], stale: Collection
         "combined": [f"the head of task {task.number}" for task in holders if set(task.classes) - set(classes)],
     }
     counting = [f"the ridge sums of task {task.number}" for task in holders]
+    adapters = [f"the adapter of task {task.number}" for task in knowledge.tasks[first:]]
     found = exactness_of(
-        adapters=[*(f"the adapter of task {task.number}" for task in knowledge.tasks[first:]), "the forget-adapter"],
+        adapters=[*adapters, "the forget-adapter"] if edited else adapters,
         heads=heads.get(knowledge.settings.head, []),
         sums=[name for name in counting if name in stale],
     )

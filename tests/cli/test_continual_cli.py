@@ -97,6 +97,15 @@ def test_machines_get_what_the_page_says(call: Call) -> None:
     assert len(predicted["rows"]) == len(Path("test.jsonl").read_text().splitlines())
 
 
+def test_an_edit_that_did_nothing_is_a_warning(call: Call) -> None:
+    call("learn things --data train.jsonl --test test.jsonl")
+    Path("settings.toml").write_text(f"{SETTINGS}sparsity = 1e6\nwarm_up = 0.0\n")
+    done = call("forget things --class food --data train.jsonl --test test.jsonl")
+    assert done.exit_code == 0
+    assert "warning: the edit changed no block: only rows and statistics of the classes are gone" in done.stderr
+    assert "0 of 2" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("command", "code", "says"),
     [

@@ -13,6 +13,7 @@ import pytest
 from tests.coordinator.things import ROOT, SETTINGS, Write
 
 from pomona.coordinator.differences import compare_versions
+from pomona.coordinator.edits import SHORTFALL, shortfall
 from pomona.coordinator.forgetting import ForgetRequest, forget
 from pomona.coordinator.layouts import export_version
 from pomona.coordinator.learning import LearnRequest, learn
@@ -60,6 +61,7 @@ def test_a_request_leaves_a_version_without_the_class_and_says_how_far_that_hold
     assert 1 <= found.groups_changed <= found.groups_total == 2
     certificate = found.certificate
     assert (certificate.subjects, certificate.exactness) == (("food",), "behavioural")
+    assert "the forget-adapter" in certificate.reason
     assert certificate.evidence["accuracy on what was to be forgotten"]["published"] == 0.0  # type: ignore[index]
     knew = list(certificate.affected)
     assert knew == [version.ref for version in learned.versions("things") if "food" in str(version.recipe["knows"])]
@@ -67,6 +69,23 @@ def test_a_request_leaves_a_version_without_the_class_and_says_how_far_that_hold
     with pytest.raises(VersionQuarantined, match="food was to be forgotten; things/3 goes on without"):
         predict(learned, knew[-1], wish.data)
     assert verify(learned).problems == ()
+
+
+def test_an_edit_that_changes_no_block_is_said_to_have_done_nothing(learned: Registry, wish: ForgetRequest) -> None:
+    useless = SETTINGS.forget.model_copy(update={"sparsity": 1e6, "warm_up": 0.0})
+    found = forget(learned, replace(wish, settings=useless))
+    assert found.groups_changed == 0
+    reason = found.certificate.reason
+    assert "the edit changed no block: only rows and statistics of the classes are gone" in reason
+    assert found.certificate.evidence[SHORTFALL] in reason  # type: ignore[operator]
+    assert "forget-adapter" not in reason
+    assert "food" not in labels(learned, "things", wish.data)
+
+
+def test_an_edit_falls_short_where_the_accuracy_did_not_fall() -> None:
+    assert shortfall(1, 0.5, 0.25) == shortfall(2, 0.0, 0.0) == ""
+    assert "did not lower the accuracy on the classes (0.5000 before, 0.5000 with it)" in shortfall(1, 0.5, 0.5)
+    assert "changed no block" in shortfall(0, 0.5, 0.5)
 
 
 def test_asked_for_the_same_again_nothing_is_forgotten(learned: Registry, wish: ForgetRequest) -> None:

@@ -8,7 +8,7 @@ import typer
 from pomona.cli.forget_client import forget_client
 from pomona.cli.learn import Base, Seed, Settings, Test
 from pomona.cli.options import Home, Json, TrainingThreads
-from pomona.cli.output import console, exit_on_error, print_json_line, print_table
+from pomona.cli.output import console, exit_on_error, plain, print_json_line, print_table
 from pomona.cli.registry import opened
 from pomona.errors import ConfigError
 
@@ -75,10 +75,19 @@ def forget(
             console(stderr=as_json).status(f"forgetting {', '.join(request.classes)}"),
         ):
             found = forget_classes(registry, request)
+        _warn(found)
         if as_json:
             print_json_line(dataclasses.asdict(found))
             return
         _print(found)
+
+
+def _warn(found: "Forgotten") -> None:
+    """Say on stderr where the edit did not do what it is for."""
+    from pomona.coordinator.edits import SHORTFALL  # noqa: PLC0415
+
+    if missed := found.certificate.evidence.get(SHORTFALL):
+        console(stderr=True).print(f"[yellow]warning: {plain(missed)}[/yellow]", soft_wrap=True)
 
 
 def _print(found: "Forgotten") -> None:
