@@ -74,7 +74,9 @@ def publish_edit(
             base_source=registry.base_model_source(memory.version.base_sha256),
             rank=feature_adapter(left).rank,
             kind="forget",
-            exactness="behavioural" if verdict.exactness == "behavioural" else "approximate",
+            exactness="behavioural"
+            if "behavioural" in (verdict.exactness, memory.version.exactness)
+            else "approximate",
             recipe={**made, "request": asked, "groups_changed": list(found.groups_changed)},
             metrics=_metrics(memory, classes, edit, told),
             expected_head=memory.version.ref,

@@ -247,6 +247,7 @@ def _publish(
             base_source=source,
             rank=feature_adapter(knowledge).rank,
             kind="task",
+            exactness=memory.version.exactness if memory else "exact",
             recipe=recipe(knowledge, record, method="mos"),
             metrics=stream_metrics(record, told),
             expected_head=head,

@@ -321,7 +321,7 @@ class TaskLoop(TaskExchange):
                 base_sha256=self._invitation.base_sha256,
                 rank=feature_adapter(knowledge).rank,
                 kind="task",
-                exactness="exact",
+                exactness=before.version.exactness if before else "exact",
                 recipe={**recipe(knowledge, record, method="federated-mos"), "clients": _clients(work)},
                 metrics=stream_metrics(record, told),
                 weights=_weights(work),

@@ -182,7 +182,7 @@ class NewLearned:
         base_sha256: As in :class:`NewImport`, like the two after it.
         rank: Largest rank of any layer, 0 where no layer is adapted.
         kind: ``task``, ``forget``, or ``remainder``: what is left of a federated adapter without a client.
-        exactness: ``behavioural`` where what was to be forgotten is only hidden.
+        exactness: ``behavioural`` where what was to be forgotten is only hidden; a task has that of the version before.
         recipe: How it was made.
         metrics: Scores of this version.
         expected_head: As in :class:`NewVersion`.

@@ -124,7 +124,9 @@ def test_learning_on_looks_whether_what_was_forgotten_is_told_again(
     both.write_text(stones.read_text() + Path(str(wish.test)).read_text())
     found = learn(learned, replace(things, data=str(stones), test=str(both), classes_per_task=1))
     assert found.reappeared == ()
-    assert learned.resolve(found.adapter).metrics["acc_forgotten_earlier"] == 0.0
+    newest = learned.resolve(found.adapter)
+    assert newest.metrics["acc_forgotten_earlier"] == 0.0
+    assert (newest.kind, newest.exactness) == ("task", "behavioural")  # the edit below is still in use
     assert "food" not in labels(learned, "things", str(both))
 
 
