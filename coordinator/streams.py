@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from pomona.continual.tasks import Task, learning_order, tasks_by_column, tasks_by_size
 from pomona.datasets import Dataset, check_labels, class_names, load_dataset
@@ -98,8 +97,14 @@ def read_split(data: str, test: str | None, *, seed: int) -> tuple[Dataset, Data
     """
     if test is not None:
         return load_dataset(data, split=None), load_dataset(test, split=None)
-    everything, load = load_dataset(data, split=None), partial(load_dataset, data, seed=seed)
-    held_out = load(split="test")
+    everything = load_dataset(data, split=None)
+    try:
+        held_out = load_dataset(data, split="test", seed=seed)
+    except DataError as error:
+        raise DataError(
+            f"{data} has {len(everything)} rows, and none is held out to score by; add rows or name another file by "
+            "--test"
+        ) from error
     kept = set(held_out.texts)  # the same text lies on one side
     chosen = [i for i, text in enumerate(everything.texts) if text not in kept]
     if not chosen:
@@ -144,7 +149,8 @@ def _tasks(train: Dataset, test: Dataset, classes_per_task: int | None, seed: in
     for task in tasks:
         if not set(task.classes) & set(test.labels):
             raise DataError(
-                f"{test.source} has no rows of task {task.number} ({_listed(task.classes)}) to score it by; add some"
+                f"{test.source} has no rows of task {task.number} ({_listed(task.classes)}) to score it by; add some, "
+                "or name a file that has them by --test"
             )
     assert set(learning_order(tasks)) == set(train.labels)
     return tasks

@@ -226,7 +226,7 @@ BAD_JSONL = {
     "empty file": ("\n", "a.jsonl is empty: expected at least one row"),
     "no json": (
         '{"text": "one", "label": "x"}\n{"text"\n',
-        "a.jsonl line 2 is not JSON: Expecting ':' delimiter",
+        "a.jsonl line 2 is not JSON: Expecting ':' delimiter at character 8",
     ),
     "no object": ('["one", "x"]\n', "a.jsonl line 1: expected a JSON object, got list"),
     "key twice": (

@@ -245,7 +245,9 @@ def _jsonl_rows(lines: Iterator[str], name: str, needed: tuple[str, ...]) -> Ite
         if not line.strip():
             continue
         try:
-            row = json.loads(line, object_pairs_hook=_distinct)
+            row = json.loads(line.rstrip(), object_pairs_hook=_distinct)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{where} is not JSON: {error.msg} at character {error.colno}") from error
         except (ValueError, RecursionError) as error:
             raise DataError(f"{where} is not JSON: {error}") from error
         if not isinstance(row, dict):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from tests.coordinator.grid import InProcessGrid, Node
 
+from pomona.cli.forget_client import forget_client
 from pomona.client.trainer import Profile
 from pomona.coordinator.client_removal import remove_client
 from pomona.coordinator.federation import run_federation
@@ -174,7 +175,12 @@ def test_its_updates_are_gone_and_those_of_others_are_there(
 
 
 def test_interrupted_it_is_asked_for_again_and_nothing_is_done_twice(
-    registry: Registry, make_settings: MakeSettings, federate: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+    registry: Registry,
+    make_settings: MakeSettings,
+    federate: Callable[..., list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     federate(registry, make_settings(rounds=1), (0, 1))
     with monkeypatch.context() as patch:
@@ -186,6 +192,8 @@ def test_interrupted_it_is_asked_for_again_and_nothing_is_done_twice(
     assert len(registry.certificates("toy")) == 1
     assert len(registry.versions("toy")) == 2
     assert remove_client(registry, "client-1") == ([], 0)
+    forget_client("client-1", home=tmp_path / "registry", as_json=False)
+    assert "client-1 was forgotten already, and nothing was left to do: certificate 1" in capsys.readouterr().out
 
 
 def test_a_run_that_was_cut_off_does_not_go_on_from_what_is_in_quarantine(

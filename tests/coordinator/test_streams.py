@@ -52,6 +52,16 @@ def test_without_test_file_texts_are_held_out_by_their_hash(tmp_path: Path) -> N
     assert stream.test.texts != load_stream(path, None, classes_per_task=1, seed=1).test.texts
 
 
+def test_a_file_too_small_to_hold_rows_out_is_told_of_the_test_file(tmp_path: Path) -> None:
+    for labels, says in {
+        "a": "has 1 rows, and none is held out to score by; add rows or name another file by --test",
+        "ab" * 20 + "c": r"has no rows of task . \('c'\) to score it by; add some, or name a file .* by --test",
+    }.items():
+        path = write(tmp_path / "small.jsonl", labels)
+        with pytest.raises(DataError, match=says):
+            load_stream(path, None, classes_per_task=1, seed=0)
+
+
 def test_the_hash_is_of_what_is_learned_not_of_the_file(tmp_path: Path, train: str, test: str) -> None:
     first = load_stream(train, test, classes_per_task=2, seed=0).sha256()
     moved = Path(train).rename(tmp_path / "elsewhere.jsonl")
