@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pomona import errors
+from pomona.cli.output import INTERRUPTED
 from pomona.errors import PomonaError
 
 PAGE = (Path(__file__).parents[1] / "docs" / "errors.md").read_text(encoding="utf-8")
@@ -65,6 +66,12 @@ def test_the_page_explains_an_error_and_says_what_to_do(kind: type[PomonaError])
 def test_the_page_explains_nothing_else() -> None:
     headings = re.findall(r"^## (\d+) (\w+)$", PAGE, flags=re.MULTILINE)
     assert headings == [(str(kind.exit_code), kind.__name__) for kind in sorted(ALL, key=lambda k: k.exit_code)]
+
+
+def test_the_page_explains_the_number_of_an_interrupt() -> None:
+    assert INTERRUPTED not in {kind.exit_code for kind in ALL}
+    assert f"\n| {INTERRUPTED} | |" in PAGE
+    assert f"\n## {INTERRUPTED}\n" in PAGE
 
 
 def test_the_tree_of_the_module_is_the_tree_of_the_classes() -> None:

@@ -10,7 +10,9 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from pomona.cli import app
+from pomona.cli.output import INTERRUPTED
 from pomona.datasets import load_dataset
+from pomona.storage.opening import open_registry
 
 PAGE = (Path(__file__).parents[2] / "docs" / "continual.md").read_text(encoding="utf-8")
 EXAMPLE, _, OF_CLIENTS = PAGE.partition("## Forgetting a client")  # which needs a federated run: test_client_removal.py
@@ -107,6 +109,27 @@ def test_an_edit_that_did_nothing_is_a_warning(call: Call) -> None:
 
 
 @pytest.mark.parametrize(
+    ("works", "command"),
+    [
+        ("learning.learn", "learn things --data train.jsonl"),
+        ("forgetting.forget", "forget things --class food --data train.jsonl"),
+        ("client_removal.remove_client", "forget --client me"),
+    ],
+)
+def test_who_interrupts_is_told_how_to_go_on(
+    call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, works: str, command: str
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    open_registry(tmp_path / "home").close()
+    monkeypatch.setattr(f"pomona.coordinator.{works}", interrupted)
+    done = call(command) if "--client" not in command else CliRunner().invoke(app, command.split())
+    assert done.exit_code == INTERRUPTED
+    assert done.stderr.startswith("interrupted: the same command goes on")
+
+
+@pytest.mark.parametrize(
     ("command", "code", "says"),
     [
         ("learn things --data train.jsonl --test test.jsonl --classes-per-task 2", 3, "has a column 'task'"),
@@ -116,7 +139,12 @@ def test_an_edit_that_did_nothing_is_a_warning(call: Call) -> None:
         ("forget things --class food --data train.jsonl", 16, "there is no registry"),
         (re.findall(r"^pomona (.+)$", OF_CLIENTS, re.MULTILINE)[0], 16, "there is no registry"),
         ("forget --client me --class food", 3, "leave out NAME, --class"),
-        ("forget things", 3, "expected NAME, --class and --data"),
+        (
+            "forget things",
+            3,
+            "expected NAME, --class and --data to forget classes, or --client alone; --class, --data is",
+        ),
+        ("forget things --class food", 3, "or --client alone; --data is missing"),
     ],
 )
 def test_a_mistake_is_one_line_and_a_code(call: Call, command: str, code: int, says: str) -> None:

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pomona.cli.forget_client import forget_client
+from pomona.cli.forget_client import AGAIN, forget_client
 from pomona.cli.learn import Base, Seed, Settings, Test
 from pomona.cli.options import Home, Json, TrainingThreads
-from pomona.cli.output import console, exit_on_error, plain, print_json_line, print_table
+from pomona.cli.output import console, exit_on_error, plain, print_json_line, print_table, told_when_interrupted
 from pomona.cli.registry import opened
 from pomona.errors import ConfigError
 
@@ -53,7 +53,7 @@ def forget(
         return
     with exit_on_error(as_json=as_json):
         if not (name and classes and data):
-            raise ConfigError("expected NAME, --class and --data to forget classes, or --client alone")
+            raise ConfigError(_missing(name=name, classes=classes, data=data))
         from pomona.coordinator.continual_settings import load_continual_settings  # noqa: PLC0415
         from pomona.coordinator.forgetting import ForgetRequest  # noqa: PLC0415
         from pomona.coordinator.forgetting import forget as forget_classes  # noqa: PLC0415
@@ -72,6 +72,7 @@ def forget(
         with (
             terminated_like_interrupted(),
             opened(home, as_json=as_json, writes=True) as registry,
+            told_when_interrupted(AGAIN),
             console(stderr=as_json).status(f"forgetting {', '.join(request.classes)}"),
         ):
             found = forget_classes(registry, request)
@@ -80,6 +81,12 @@ def forget(
             print_json_line(dataclasses.asdict(found))
             return
         _print(found)
+
+
+def _missing(*, name: str | None, classes: list[str] | None, data: str | None) -> str:
+    given = {"NAME": name, "--class": classes, "--data": data}
+    absent = ", ".join(word for word, value in given.items() if not value)
+    return f"expected NAME, --class and --data to forget classes, or --client alone; {absent} is missing"
 
 
 def _warn(found: "Forgotten") -> None:

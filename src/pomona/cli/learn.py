@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pomona.cli.options import Home, Json, TrainingThreads
-from pomona.cli.output import console, counted, exit_on_error, plain, print_json, print_json_line, print_table, table
+from pomona.cli.output import (
+    console,
+    counted,
+    exit_on_error,
+    plain,
+    print_json,
+    print_json_line,
+    print_table,
+    table,
+    told_when_interrupted,
+)
 from pomona.cli.registry import Ref, opened
 
 if TYPE_CHECKING:
@@ -69,6 +79,7 @@ def learn(
         with (
             terminated_like_interrupted(),
             opened(home, as_json=as_json, writes=True, creates=True) as registry,
+            told_when_interrupted("the same command goes on with the task that it was at"),
             _progress(as_json=as_json) as show,
         ):
             found = learn_stream(registry, request, show=show)

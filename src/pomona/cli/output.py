@@ -189,6 +189,15 @@ def exit_on_error(*, as_json: bool = False) -> Iterator[None]:
         raise SystemExit(INTERRUPTED) from interrupt
 
 
+@contextmanager
+def told_when_interrupted(hint: str) -> Iterator[None]:
+    """Let an interrupt carry what to do next, which :func:`exit_on_error` prints."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt(hint) from interrupt
+
+
 def error_facts(error: PomonaError) -> dict[str, object]:
     """Return what machines are told about an error."""
     return {"code": error.exit_code, "type": type(error).__name__, "message": str(error)}
