@@ -98,6 +98,12 @@ def parsed(result: Result) -> object:
     return value
 
 
+def test_an_adapter_whose_newest_version_is_in_quarantine_is_marked(call: Call, registry: Registry) -> None:
+    assert "quarantine" not in call("ls").stdout
+    registry.quarantine(["demo/2"], "somebody was to be forgotten")
+    assert "demo/2, in quarantine" in " ".join(call("ls").stdout.split())
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

@@ -259,12 +259,16 @@ def _adapter_row(item: "AdapterSummary") -> Sequence[object]:
     return (
         item.name,
         item.versions,
-        newest.ref if newest else None,
+        _newest(newest) if newest else None,
         newest.rank if newest else None,
         pairs(newest.metrics) if newest else None,
         ", ".join(f"{name} = {number}" for name, number in item.aliases.items()),
         newest.created_at if newest else item.created_at,
     )
+
+
+def _newest(version: "Version") -> str:
+    return f"{version.ref}, in quarantine" if version.quarantined else version.ref
 
 
 def version_row(version: "Version") -> Sequence[object]:
