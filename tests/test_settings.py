@@ -456,7 +456,7 @@ def test_a_run_file_may_forget() -> None:
         (f"{FORGET}[forget.settings]\npull = 0.1\n", "set both to 0"),
         (f"{FORGET}{TASKS}", r"\[forget\] and \[continual\] do not go together"),
         (
-            f'{FORGET}[privacy]\nunit = "example"\npopulation = "p"\nepsilon = 8.0\n',
+            f'{FORGET}[privacy]\nunit = "example"\npopulation = "p"\nepsilon = 8.0\ndelta = 1e-5\n',
             "nothing noises them yet",
         ),
         (f'task = "causal-lm"\n{FORGET}', "takes classes out, got task='causal-lm'"),
