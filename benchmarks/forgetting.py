@@ -30,7 +30,7 @@ from strategies import keep_run, read_runs
 
 from pomona.continual.editing import Classifier, Examples, few_of_each
 from pomona.continual.erasure import subtract_classes
-from pomona.continual.forgetting import ForgetSettings, forget_classes
+from pomona.continual.forgetting import forget_classes
 from pomona.continual.heads import CosineHead, class_means, random_projection, ridge_sums
 from pomona.continual.relearning import RelearnSettings, relearning_steps
 from pomona.continual.verification import (
@@ -40,6 +40,7 @@ from pomona.continual.verification import (
     membership_auc,
     probe_accuracy,
 )
+from pomona.forget_settings import ForgetSettings
 
 OUT = Path(__file__).parent / "results" / "forgetting.json"
 CHOSEN_ON = ("plant", "food")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pomona.base_model import find_base_model
-from pomona.continual.editing import Classifier, EditSettings, Examples, few_of_each
+from pomona.continual.editing import Classifier, Examples, few_of_each
 from pomona.continual.encoder import FrozenEncoder
 from pomona.continual.erasure import without_rows
 from pomona.continual.forget_baselines.distillation import DistillationSettings, forget_by_distillation
@@ -18,8 +18,9 @@ from pomona.continual.forget_baselines.negative_gradient import NegativeGradient
 from pomona.continual.forget_baselines.retrain import RetrainSettings, retrain_without, train_classifier
 from pomona.continual.forget_baselines.scrub import ScrubSettings, forget_by_scrubbing
 from pomona.continual.forget_baselines.wrong_labels import WrongLabelSettings, forget_by_wrong_labels
-from pomona.continual.forgetting import ForgetSettings, Forgotten, forget_classes
+from pomona.continual.forgetting import Forgotten, forget_classes
 from pomona.datasets import Split, class_names, load_dataset
+from pomona.forget_settings import EditSettings, ForgetSettings
 from pomona.mos_settings import LoopSettings
 
 BLOCKS = 3  # adapted ones, from the top: the others' states are computed once, for all methods alike

@@ -25,5 +25,6 @@ def relay(message: Message, context: Context) -> Message:
 app.query()(relay)
 app.train()(relay)
 app.train("task")(relay)
+app.train("edit")(relay)
 for _action in ("tell", "advertise", "share", "mask", "unmask", "sums"):
     app.query(_action)(relay)

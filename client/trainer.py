@@ -16,6 +16,7 @@ from pomona.adapters import AdapterUpdate, AdapterWeights
 from pomona.base_model import check_base_model, find_base_model, is_packaged
 from pomona.batches import Encoded
 from pomona.client.capacity import Budget, choose_rank
+from pomona.client.forget_work import ForgetWork
 from pomona.client.required_privacy import RequiredPrivacy, accept, pay
 from pomona.client.secure_rounds import SecureRounds
 from pomona.client.task_work import TaskWork
@@ -27,11 +28,13 @@ from pomona.lora_model import AdaptedModel
 from pomona.privacy.secure_sum.records import Roster, UnmaskRequest
 from pomona.privacy.secure_sum.requests import MaskRequest, SumRequest
 from pomona.protocol import (
+    EDIT,
     ENROL,
     SUMS,
     TASK,
     TELL,
     TRAIN,
+    EditRequest,
     Enrolled,
     Exclusion,
     Invitation,
@@ -81,7 +84,7 @@ class Trainer:
         self._data: tuple[Invitation, Encoded] | None = None
         self._measured: tuple[Invitation, int] | None = None
         self._sums = SecureRounds()
-        self._tasks: tuple[Invitation, TaskWork] | None = None
+        self._tasks: tuple[Invitation, TaskWork | ForgetWork] | None = None
 
     def become(self, profile: Profile) -> None:
         """Answer for another client from now on; the model stays, the data go."""
@@ -110,7 +113,8 @@ class Trainer:
                 return self._train(request, payload)
             if kind == TELL:
                 return self._told(Exclusion.model_validate_json(json))
-            return (self._task if kind in {TASK, SUMS} else self._summed)(kind, json, payload)
+            work = {TASK: self._task, SUMS: self._task, EDIT: self._edit}.get(kind, self._summed)
+            return work(kind, json, payload)
         except ValidationError as error:
             reason = f"the coordinator's request is malformed: {error.errors(include_url=False)[0]['msg']}"
             return self._refuse(reason)
@@ -122,7 +126,18 @@ class Trainer:
         request = TaskTraining.model_validate_json(json) if kind == TASK else TaskSums.model_validate_json(json)
         bind(client=self._profile.name, run_id=request.invitation.run_id, round=request.task_number)
         work = self._task_work(request.invitation)
+        if not isinstance(work, TaskWork):
+            raise PayloadError("expected a stage of the request to forget, as the run says, got a task to learn")
         return work.train(request, payload) if isinstance(request, TaskTraining) else work.sums(request, payload)
+
+    def _edit(self, _kind: str, json: str, payload: bytes) -> Answer:
+        """Do a client's part in a request to forget."""
+        request = EditRequest.model_validate_json(json)
+        bind(client=self._profile.name, run_id=request.invitation.run_id, round=request.attempt)
+        work = self._task_work(request.invitation)
+        if not isinstance(work, ForgetWork):
+            raise PayloadError("expected work on a task, as the run says, got a request to forget")
+        return work.answer(request, payload)
 
     def _summed(self, kind: str, json: str, payload: bytes) -> Answer:
         """Answer a stage of a secure sum."""
@@ -292,8 +307,8 @@ class Trainer:
             self._data = invitation, encoded
         return self._load_model(invitation), self._data[1]
 
-    def _task_work(self, invitation: Invitation) -> TaskWork:
-        """Return the encoder and the client's data, for a run that learns task after task; loaded once per run.
+    def _task_work(self, invitation: Invitation) -> TaskWork | ForgetWork:
+        """Return the encoder and the client's data, for a run that learns or forgets classes; loaded once per run.
 
         Raises:
             As :meth:`_prepare`.
@@ -307,7 +322,8 @@ class Trainer:
             check_base_model(path, expected_sha256=invitation.base_sha256)
             if not len(dataset):
                 raise DataError(f"{dataset.source} has no examples of the run's classes: {_listed(invitation.labels)}")
-            self._tasks = invitation, TaskWork(self._profile.name, invitation, path, dataset)
+            work = TaskWork if invitation.forget is None else ForgetWork
+            self._tasks = invitation, work(self._profile.name, invitation, path, dataset)
         return self._tasks[1]
 
     def _load_model(self, invitation: Invitation) -> AdaptedModel:

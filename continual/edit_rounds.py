@@ -22,18 +22,10 @@ import torch
 from torch import Tensor
 
 from pomona.adapters import LoraFactors
-from pomona.continual.editing import (
-    AfterStep,
-    Classifier,
-    EditSettings,
-    Examples,
-    Loss,
-    endless_rows,
-    step_of,
-    trainable_adapter,
-)
+from pomona.continual.editing import AfterStep, Classifier, Examples, Loss, endless_rows, step_of, trainable_adapter
 from pomona.continual.encoder import Adapter, FrozenEncoder
 from pomona.errors import ConfigError, DataError
+from pomona.forget_settings import EditSettings
 from pomona.seeds import seed_of
 
 _BETAS, _EPSILON = (0.9, 0.999), 1e-8

@@ -12,19 +12,18 @@ and in nothing else.
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from pomona.adapters import LoraFactors
-from pomona.aggregation_settings import Section
 from pomona.batches import batch_indices
 from pomona.continual.encoder import Adapter, FrozenEncoder, States
 from pomona.continual.training import stacked
 from pomona.errors import ConfigError, DataError
+from pomona.forget_settings import EditSettings
 from pomona.seeds import fresh_a, seed_of
 
 
@@ -115,24 +114,6 @@ def few_of_each(examples: Examples, count: int, *, seed: int) -> Examples:
     targets = examples.targets[order]
     chosen = [order[targets == each][:count] for each in sorted(set(targets.tolist()))]
     return examples.subset(torch.cat(chosen).sort().values)
-
-
-class EditSettings(Section):
-    """How an edit is trained, whatever its loss.
-
-    Attributes:
-        rank: Rank of the fresh adapter.
-        steps: Optimiser steps. Too few forget too little.
-        batch_size: Retained examples in a step.
-        forget_batch_size: Examples of the forgotten classes in a step.
-        learning_rate: Of Adam at the first step; it falls along a cosine.
-    """
-
-    rank: Annotated[int, Field(ge=1, le=256)] = 8
-    steps: PositiveInt = 120
-    batch_size: PositiveInt = 24
-    forget_batch_size: PositiveInt = 8
-    learning_rate: PositiveFloat = 5e-3
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,54 +22,19 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field, NonNegativeFloat
 from torch import Tensor
 from torch.nn.functional import cross_entropy, relu
 
-from pomona.aggregation_settings import Fraction
 from pomona.continual.edit_rounds import EditOwner, EditState, GradientShare, Losses, advance, is_done, start_edit
-from pomona.continual.editing import (
-    Classifier,
-    Edited,
-    EditSettings,
-    Examples,
-    Step,
-    features_of,
-    to_forget,
-    with_adapter,
-)
+from pomona.continual.editing import Classifier, Edited, Examples, Step, features_of, to_forget, with_adapter
 from pomona.continual.encoder import Adapter, FrozenEncoder
 from pomona.continual.groups import changed_groups, groups_of, shrink_groups
 from pomona.continual.heads import class_means
 from pomona.errors import ConfigError
-
-
-class ForgetSettings(EditSettings):
-    """How classes are forgotten.
-
-    Attributes:
-        beta: Weight of the bounded forgetting loss.
-        margin: Of the bound above ``ln K``, in nats.
-        hinge: Whether the bound holds for every example, or for the mean of a batch as in the paper, where some
-            examples may pay for others.
-        sparsity: ``lambda`` of the proximal step; 0: none.
-        warm_up: Share of the steps before the first proximal one, so that a block is judged by what it learned.
-        push: ``w_f``; 0: GS-LoRA.
-        pull: ``w_r``; 0: GS-LoRA.
-        push_bound: ``bound_D`` as a share of the divergence between examples and the prototypes of other classes.
-    """
-
-    beta: NonNegativeFloat = 0.3
-    margin: NonNegativeFloat = 3.0
-    hinge: Literal["example", "batch"] = "example"
-    sparsity: NonNegativeFloat = 0.3
-    warm_up: Annotated[float, Field(ge=0, le=1)] = 0.2
-    push: NonNegativeFloat = 0.0
-    pull: NonNegativeFloat = 0.0
-    push_bound: Fraction = 1.0
+from pomona.forget_settings import ForgetSettings
 
 
 @dataclass(frozen=True, slots=True)

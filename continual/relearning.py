@@ -17,11 +17,12 @@ from pydantic import Field, PositiveInt
 from torch.nn.functional import cross_entropy
 
 from pomona.aggregation_settings import Fraction
-from pomona.continual.editing import Classifier, EditSettings, Examples, drawn_rows, trainable_adapter
+from pomona.continual.editing import Classifier, Examples, drawn_rows, trainable_adapter
 from pomona.continual.encoder import FrozenEncoder
 from pomona.continual.heads import LinearHead
 from pomona.continual.training import stacked
 from pomona.errors import DataError
+from pomona.forget_settings import EditSettings
 
 
 class RelearnSettings(EditSettings):

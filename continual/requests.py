@@ -14,9 +14,10 @@ from pomona.continual.discriminant import GaussianHead, gaussian_head
 from pomona.continual.edit_rounds import EditState, GradientShare, is_done, start_edit
 from pomona.continual.editing import Classifier, Examples, to_forget
 from pomona.continual.encoder import FrozenEncoder
-from pomona.continual.forgetting import ForgetSettings, Forgotten, forget_owner, forget_step, forgotten_at
+from pomona.continual.forgetting import Forgotten, forget_owner, forget_step, forgotten_at
 from pomona.continual.knowledge import Knowledge
 from pomona.continual.moves import TaskMoves, moves_of, renewed, summed_moves
+from pomona.forget_settings import ForgetSettings
 
 CONFIDENCE = 4.0  # nats
 

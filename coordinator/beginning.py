@@ -9,7 +9,7 @@ import numpy as np
 from pomona import __version__
 from pomona.base_model import base_model_sha256, check_base_model, find_base_model, is_packaged, public_name
 from pomona.datasets import Dataset, check_labels, class_names, load_dataset
-from pomona.errors import DataError
+from pomona.errors import BaseModelError, DataError
 from pomona.privacy.promises import example_promise, local_promise
 from pomona.protocol import Invitation
 from pomona.settings import RunSettings
@@ -84,16 +84,17 @@ def begin_run(registry: Registry, settings: RunSettings, *, run_id: str) -> Invi
     """Record a run in the registry and return what its clients are told.
 
     Raises:
+        AdapterNotFound: It is to forget a part of an adapter that is not there.
+        VersionConflict: It cannot go on from the newest version of its adapter.
         BaseModelError: The base model is not here, or is not the one that the settings name.
         ConfigError: What it promises cannot be promised, or it was begun under another plan.
         PrivacyBudgetExhausted: Its rounds would cost its population more than its budget.
-        DataError: The held-out data, or those that a defence trusts, cannot be used.
+        DataError: The held-out data, or those that a defence trusts, cannot be used; or a class cannot be forgotten.
     """
+    if settings.forget is not None:
+        return _begin_request(registry, settings, run_id=run_id)
     plan = _plan_of(registry, settings, run_id=run_id)
-    path = find_base_model(settings.model.base)
-    if settings.model.sha256:
-        check_base_model(path, expected_sha256=settings.model.sha256)
-    sha256 = base_model_sha256(path)
+    sha256 = _base_sha256(settings)
     held_out = load_held_out(settings)
     if settings.defence.trusted_data:
         load_trusted(settings, held_out.labels)
@@ -123,4 +124,43 @@ def begin_run(registry: Registry, settings: RunSettings, *, run_id: str) -> Invi
         local_privacy=local_promise(plan),
         secure_sum=plan.secure_sum if plan else None,
         continual=mos,
+    )
+
+
+def _base_sha256(settings: RunSettings) -> str:
+    path = find_base_model(settings.model.base)
+    if settings.model.sha256:
+        check_base_model(path, expected_sha256=settings.model.sha256)
+    return base_model_sha256(path)
+
+
+def _begin_request(registry: Registry, settings: RunSettings, *, run_id: str) -> Invitation:
+    """Record a run that forgets. Clients hold out rows to score by, so the coordinator needs none."""
+    from pomona.coordinator.request_terms import request_terms  # noqa: PLC0415 - imports torch, as above
+
+    terms, sha256 = request_terms(registry, settings, run_id=run_id), _base_sha256(settings)
+    if sha256 != terms.base_sha256:
+        raise BaseModelError(
+            f"{terms.parent} was learned on the base model with sha256 {terms.base_sha256[:12]}, got {sha256[:12]}; "
+            "name that one as model.base"
+        )
+    registry.start_run(
+        run_id=run_id,
+        adapter=settings.name,
+        base_sha256=sha256,
+        settings_json=settings.model_dump_json(),
+        learns=True,
+    )
+    return Invitation(
+        run_id=run_id,
+        pomona_version=__version__,
+        task=settings.task,
+        base=settings.model.base if is_packaged(settings.model.base) else "",
+        base_sha256=sha256,
+        max_length=terms.max_length,
+        labels=terms.labels,
+        max_rank=terms.mos.rank,
+        min_rank=terms.mos.rank,
+        continual=terms.mos,
+        forget=terms.forget,
     )

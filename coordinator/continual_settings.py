@@ -8,8 +8,8 @@ from typing import Annotated, Self
 from pydantic import Field, ValidationError, model_validator
 
 from pomona.aggregation_settings import Section, changed
-from pomona.continual.forgetting import ForgetSettings
 from pomona.errors import ConfigError
+from pomona.forget_settings import ForgetSettings
 from pomona.mos_settings import MosSettings
 
 

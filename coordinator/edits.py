@@ -15,7 +15,7 @@ from pomona.continual.verification import Assessment, assess
 from pomona.coordinator.increments import encode_increment
 from pomona.coordinator.memory import Memory, feature_adapter, recipe, state_of
 from pomona.storage.certificates import NewCertificate
-from pomona.storage.records import NewLearned, Parent, Version
+from pomona.storage.records import ClosedRound, NewLearned, Parent, Version
 from pomona.storage.registry import Registry
 
 METHOD = "gs-lora"
@@ -40,7 +40,14 @@ class Edit:
 
 
 def publish_edit(
-    registry: Registry, memory: Memory, classes: Sequence[str], edit: Edit, asked: Mapping[str, object]
+    registry: Registry,
+    memory: Memory,
+    classes: Sequence[str],
+    edit: Edit,
+    asked: Mapping[str, object],
+    *,
+    closes: ClosedRound | None = None,
+    clients: Mapping[str, Sequence[str]] | None = None,
 ) -> Version:
     """Publish what a request leaves.
 
@@ -50,6 +57,8 @@ def publish_edit(
         classes: That were to be forgotten.
         edit: How.
         asked: The request, as the recipe has it.
+        closes: The round of the run whose clients met it; None: it was met at one place.
+        clients: Who trained the edit and whose features moved, where it was met by clients.
 
     Raises:
         VersionConflict: Somebody else published meanwhile.
@@ -77,10 +86,11 @@ def publish_edit(
             exactness="behavioural"
             if "behavioural" in (verdict.exactness, memory.version.exactness)
             else "approximate",
-            recipe={**made, "request": asked, "groups_changed": list(found.groups_changed)},
+            recipe={**made, "request": asked, "groups_changed": list(found.groups_changed), **_names(clients)},
             metrics=_metrics(memory, classes, edit, told),
             expected_head=memory.version.ref,
             parents=[Parent(ref=memory.version.ref, kind="forget")],
+            closes=closes,
         ),
         certificate=NewCertificate(
             adapter=name,
@@ -183,6 +193,10 @@ def _evidence(memory: Memory, classes: Sequence[str], edit: Edit, told: Assessme
         "blocks changed": list(edit.met.forgotten.groups_changed),
         "sums of features before the edit": list(edit.met.stale),
     }
+
+
+def _names(clients: Mapping[str, Sequence[str]] | None) -> dict[str, object]:
+    return {} if clients is None else {"clients": {part: list(names) for part, names in clients.items()}}
 
 
 def _listed(value: object) -> Sequence[object]:

@@ -11,6 +11,7 @@ from pomona.coordinator.membership import cuts_off
 from pomona.coordinator.own_noise_loop import OwnNoiseLoop
 from pomona.coordinator.private_loop import PrivateLoop
 from pomona.coordinator.replies import server_gone
+from pomona.coordinator.request_loop import RequestLoop
 from pomona.coordinator.round_loop import RoundLoop
 from pomona.coordinator.secure_loop import SecureLoop
 from pomona.coordinator.task_loop import TaskLoop
@@ -21,7 +22,9 @@ from pomona.storage.registry import Registry
 _log = logging.getLogger(__name__)
 
 
-def _loop_of(settings: RunSettings) -> type[RoundLoop | TaskLoop]:
+def _loop_of(settings: RunSettings) -> type[RoundLoop | TaskLoop | RequestLoop]:
+    if settings.forget is not None:
+        return RequestLoop
     if settings.continual is not None:
         return TaskLoop
     match settings.privacy and settings.privacy.unit:

@@ -7,13 +7,13 @@ again; what was killed before the transaction is done again, to the same bytes.
 import hashlib
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 
 import torch
 
 from pomona.continual.editing import Examples
-from pomona.continual.forgetting import ForgetSettings
 from pomona.continual.requests import forget_in_knowledge
 from pomona.continual.scores import scores_of
 from pomona.coordinator.edits import Edit, publish_edit
@@ -22,6 +22,7 @@ from pomona.coordinator.streams import read_split
 from pomona.datasets import Dataset, check_labels
 from pomona.errors import DataError
 from pomona.failpoints import reach
+from pomona.forget_settings import ForgetSettings
 from pomona.storage.certificates import Certificate
 from pomona.storage.records import Version
 from pomona.storage.registry import Registry
@@ -124,17 +125,27 @@ def _asked(request: ForgetRequest, data: Dataset, test: Dataset) -> dict[str, ob
     }
 
 
-def _check(request: ForgetRequest, memory: Memory, data: Dataset, test: Dataset) -> None:
+def check_classes(classes: Sequence[str], memory: Memory) -> None:
+    """Do nothing if some classes can be forgotten.
+
+    Raises:
+        DataError: One is not known, or was forgotten already; or all would go.
+    """
     known = memory.knowledge.classes
-    for label in request.classes:
+    for label in classes:
         if label in memory.forgotten:
             raise DataError(f"{memory.version.ref} has forgotten {label!r} already; see `pomona registry certificate`")
         if label not in known:
             close = get_close_matches(label, known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"it knows {', '.join(known)}"
             raise DataError(f"{memory.version.ref} knows no class {label!r}; {hint}")
-    if len(request.classes) == len(known):
+    if len(set(classes)) == len(known):
         raise DataError(f"expected some but not all of the {len(known)} classes that {memory.version.ref} knows")
+
+
+def _check(request: ForgetRequest, memory: Memory, data: Dataset, test: Dataset) -> None:
+    check_classes(request.classes, memory)
+    known = memory.knowledge.classes
     for rows in (data, test):
         check_labels(rows, (*known, *memory.forgotten))
         if missing := sorted(set(request.classes) - set(rows.labels)):

@@ -141,6 +141,11 @@ def _fitted(settings: RunSettings, clients: int) -> RunSettings:
         raise ConfigError(
             f"expected simulation.ranks from {limits.rank or 1} to aggregation.max_rank={limits.max_rank}, got {ranks}"
         )
+    if settings.forget is not None:
+        raise ConfigError(
+            "[forget] needs clients that keep what is known between its many small messages, and simulated ones share "
+            "their workers; run real clients with `pomona join`, or `pomona forget` where all rows are at one place"
+        )
     if settings.privacy is not None and settings.privacy.trust == "distributed":
         raise ConfigError(
             "privacy.trust='distributed' needs clients that keep secrets between a round's messages, and simulated "

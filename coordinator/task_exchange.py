@@ -23,22 +23,25 @@ _TTL_MARGIN_S = 30.0  # a straggler is late by the coordinator's clock, not an e
 Take = Callable[[str, bytes], None]
 
 
-@dataclass(slots=True)
-class TaskInMaking:
-    """One task in the making.
+@dataclass(slots=True, kw_only=True)
+class Work:
+    """What clients work on together, a task or a request to forget, and how far it is.
 
     Attributes:
-        task: With its number in the run.
-        numbered: The same with its number in all that is known.
+        number: Of the round that it is in the registry.
+        called: What it is called in messages.
         cohort: Who may be asked.
         asked: What their answers must say.
+        began: When, by the monotonic clock.
         trained: Examples of each client that trained the adapter.
         summed: Hash of the sums that a client sent, and its number of examples.
-        absent: Who has no examples of the task.
+        absent: Who has no examples of it.
+        bytes_down: Sent to clients.
+        bytes_up: Received from them.
     """
 
-    task: Task
-    numbered: Task
+    number: int
+    called: str
     cohort: Sequence[str]
     asked: Asked
     began: float
@@ -49,12 +52,25 @@ class TaskInMaking:
     bytes_up: int = 0
 
 
+@dataclass(slots=True, kw_only=True)
+class TaskInMaking(Work):
+    """One task in the making.
+
+    Attributes:
+        task: With its number in the run.
+        numbered: The same with its number in all that is known.
+    """
+
+    task: Task
+    numbered: Task
+
+
 class TaskExchange(Membership):
-    """The clients of a run that learns task after task, and what passes between them and the coordinator."""
+    """The clients of a run that learns task after task, or forgets, and what passes between it and them."""
 
     def _ask(
         self,
-        work: TaskInMaking,
+        work: Work,
         message_type: str,
         kind: str,
         clients: Sequence[str],
@@ -77,10 +93,10 @@ class TaskExchange(Membership):
             except ObjectPushError:
                 if sending == _SENDINGS:
                     raise
-                _log.warning("task %d: not all of the work got to the server; sending it again", work.task.number)
+                _log.warning("%s: not all of the work got to the server; sending it again", work.called)
         self._drop_silent(work, set(clients) - heard)
 
-    def _taken(self, work: TaskInMaking, client: str, reply: Reply, kind: str, take: Take) -> None:
+    def _taken(self, work: Work, client: str, reply: Reply, kind: str, take: Take) -> None:
         payload = b""
         try:
             payload = payload_of(client, reply, work.asked, kind=kind) or b""
@@ -90,45 +106,45 @@ class TaskExchange(Membership):
             else:
                 _count_absent(work, client)
         except UpdateRejected as error:
-            said = "task %d: the answer of %s does not count: %s"
-            _log.warning(said, work.task.number, client, error.reason, extra={"client": client})
+            said = "%s: the answer of %s does not count: %s"
+            _log.warning(said, work.called, client, error.reason, extra={"client": client})
             self._registry.record_submission(self._submission(work, client, payload, "rejected", reason=error.reason))
-            self._tell([client], error.reason, number=work.task.number)
+            self._tell([client], error.reason, number=work.number)
 
-    def _message(self, work: TaskInMaking, client: str, message_type: str, sent: tuple[str, str, bytes]) -> Message:
+    def _message(self, work: Work, client: str, message_type: str, sent: tuple[str, str, bytes]) -> Message:
         return Message(
             pack(*sent),
             dst_node_id=self._roster.nodes[client],
             message_type=message_type,
             ttl=self._settings.cohort.round_deadline_s + _TTL_MARGIN_S,
-            group_id=str(work.task.number),
+            group_id=str(work.number),
         )
 
-    def _drop_silent(self, work: TaskInMaking, clients: Collection[str]) -> None:
+    def _drop_silent(self, work: Work, clients: Collection[str]) -> None:
         reason = f"it did not answer within {self._settings.cohort.round_deadline_s:g} s"
         late = [self._submission(work, client, b"", "late", reason=reason) for client in sorted(clients)]
         for recorded in self._registry.record_submissions(late):
             if isinstance(recorded, RegistryError):
                 raise recorded
-        self._tell(sorted(clients), reason, number=work.task.number)
+        self._tell(sorted(clients), reason, number=work.number)
 
-    def _check_count(self, client: str, examples: int, work: TaskInMaking) -> None:
+    def _check_count(self, client: str, examples: int, work: Work) -> None:
         before = work.trained.get(client, examples)
         if before != examples:
-            raise UpdateRejected(client, f"it had {before} examples of the task before, and now states {examples}")
+            raise UpdateRejected(client, f"it had {before} examples of {work.called} before, and now states {examples}")
 
-    def _check_enough(self, work: TaskInMaking, what: str, counted: int) -> None:
+    def _check_enough(self, work: Work, what: str, counted: int) -> None:
         """Do nothing if so many answers that count, with those who have no examples, let a round close."""
         wanted = self._settings.cohort.min_replies
         if counted + len(work.absent) < wanted:
             raise NotEnoughClients(
-                f"{what} of task {work.task.number} needs {wanted} answers that can be used, got {counted}, and "
+                f"{what} of {work.called} needs {wanted} answers that can be used, got {counted}, and "
                 f"{len(work.absent)} of {len(work.cohort)} clients have no examples of it; the log says why"
             )
 
     def _submission(
         self,
-        work: TaskInMaking,
+        work: Work,
         client: str,
         payload: bytes,
         status: SubmissionStatus,
@@ -140,19 +156,19 @@ class TaskExchange(Membership):
         member = self._roster.members.get(client)
         return NewSubmission(
             run_id=self._invitation.run_id,
-            round_number=work.task.number,
+            round_number=work.number,
             client=client,
             rank=member.rank if member else 0,
             alpha=member.alpha if member else 0.0,
             num_examples=examples,
-            nonce=nonce or f"none-{work.task.number}-{client}"[:64],
+            nonce=nonce or f"none-{work.number}-{client}"[:64],
             status=status,
             reason=reason,
             payload=payload,
         )
 
 
-def _count_absent(work: TaskInMaking, client: str) -> None:
+def _count_absent(work: Work, client: str) -> None:
     if client in work.trained or client in work.summed:
-        raise UpdateRejected(client, "it had examples of the task before, and says that it has none")
+        raise UpdateRejected(client, f"it had examples of {work.called} before, and says that it has none")
     work.absent.add(client)

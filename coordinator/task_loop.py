@@ -162,7 +162,15 @@ class TaskLoop(TaskExchange):
             max_update_norm=limits.max_update_norm,
             max_examples=limits.max_examples,
         )
-        return TaskInMaking(task, Task(number, task.classes), cohort, asked, time.monotonic())
+        return TaskInMaking(
+            number=task.number,
+            called=f"task {task.number}",
+            cohort=cohort,
+            asked=asked,
+            began=time.monotonic(),
+            task=task,
+            numbered=Task(number, task.classes),
+        )
 
     # Training
 

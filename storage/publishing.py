@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from types import MappingProxyType
 from typing import get_args
 
 import sqlalchemy as sa
@@ -14,7 +15,7 @@ from pomona.storage import audit, certificates, rounds, versions
 from pomona.storage import tables as t
 from pomona.storage.certificates import NewCertificate
 from pomona.storage.quarantine import quarantine
-from pomona.storage.records import NewImport, NewLearned, NewVersion, Parent, ParentKind, Version
+from pomona.storage.records import ClosedRound, NewImport, NewLearned, NewVersion, Parent, ParentKind, Version
 from pomona.storage.rounds import REASON_LENGTH
 from pomona.storage.values import json_value, metrics, real, text
 
@@ -30,20 +31,11 @@ def publish_round(connection: sa.Connection, new: NewVersion, sha256: str) -> Ve
         VersionConflict: The round is closed already, or the adapter's newest version is not the one expected.
     """
     _require_run(connection, new)
-    closed = rounds.close_round(
-        connection,
-        new.run_id,
-        new.round_number,
-        state="committed",
-        bytes_down=new.bytes_down,
-        bytes_up=new.bytes_up,
-        seconds=new.seconds,
-    )
-    edges = _edges_of_round(connection, new, closed.parent_id)
+    edges = _edges_of_round(connection, new, _close(connection, new))
     version_id = _insert_version(connection, new, sha256)
     _draw(connection, version_id, edges)
     _score(connection, version_id, new.metrics)
-    _link_submissions(connection, new, version_id)
+    _link_submissions(connection, new, version_id, quarantined=new.quarantined)
     reach("version-inserted")
     return versions.load(connection, t.version.c.id == version_id)[0]
 
@@ -86,8 +78,10 @@ def publish_learned(
 
     Raises:
         AdapterNotFound: There is no such parent, or no such version to put into quarantine.
-        RegistryError: A parent is named twice, or the certificate says what none can.
-        VersionConflict: The adapter's newest version is not the one expected.
+        BaseModelError: It was not made on the base model of the run that it is of.
+        RegistryError: A parent is named twice, the certificate says what none can, or the round that it closes is of
+            another adapter, or weighs a client that has no accepted submission.
+        VersionConflict: The adapter's newest version is not the one expected, or the round is closed already.
     """
     rounds.add_base_model(connection, new.base_sha256, name=new.base_model, source=new.base_source)
     rounds.add_adapter(connection, new.adapter)
@@ -97,14 +91,19 @@ def publish_learned(
         "kind": new.kind,
         "exactness": new.exactness,
         "retained_energy": 1.0,
-        "run_id": None,
-        "round": None,
+        "run_id": new.closes.run_id if new.closes else None,
+        "round": new.closes.round_number if new.closes else None,
         "recipe": json_value(new.recipe),
     }
+    if new.closes is not None:
+        _require_own_run(connection, new.closes.run_id, adapter=new.adapter, base_sha256=new.base_sha256)
+        _close(connection, new.closes)
     edges = list(_edges(connection, new.parents))
     version_id = _insert_next(connection, new, sha256, values)
     _draw(connection, version_id, edges)
     _score(connection, version_id, new.metrics)
+    if new.closes is not None:
+        _link_submissions(connection, new.closes, version_id)
     (version,) = versions.load(connection, t.version.c.id == version_id)
     if certificate is not None:
         certificates.record(connection, replace(certificate, version=version.ref))
@@ -155,14 +154,33 @@ def _draw(connection: sa.Connection, version_id: int, edges: Sequence[Mapping[st
         connection.execute(sa.insert(t.lineage), [{"child_id": version_id, **edge} for edge in edges])
 
 
-def _require_run(connection: sa.Connection, new: NewVersion) -> None:
-    run = rounds.run(connection, new.run_id)
-    if new.adapter != run.adapter:
-        raise RegistryError(f"run {run.id} publishes versions of {run.adapter!r}, got one of {new.adapter!r}")
-    if new.base_sha256 != run.base_sha256:
+def _close(connection: sa.Connection, new: NewVersion | ClosedRound) -> int | None:
+    """Commit the round of a version, and return the id of the version that it was opened on."""
+    closed = rounds.close_round(
+        connection,
+        new.run_id,
+        new.round_number,
+        state="committed",
+        bytes_down=new.bytes_down,
+        bytes_up=new.bytes_up,
+        seconds=new.seconds,
+    )
+    parent_id: int | None = closed.parent_id
+    return parent_id
+
+
+def _require_own_run(connection: sa.Connection, run_id: str, *, adapter: str, base_sha256: str) -> None:
+    run = rounds.run(connection, run_id)
+    if adapter != run.adapter:
+        raise RegistryError(f"run {run.id} publishes versions of {run.adapter!r}, got one of {adapter!r}")
+    if base_sha256 != run.base_sha256:
         raise BaseModelError(
-            f"run {run.id} trains on base model {run.base_sha256[:12]}, got a version on {new.base_sha256[:12]}"
+            f"run {run.id} trains on base model {run.base_sha256[:12]}, got a version on {base_sha256[:12]}"
         )
+
+
+def _require_run(connection: sa.Connection, new: NewVersion) -> None:
+    _require_own_run(connection, new.run_id, adapter=new.adapter, base_sha256=new.base_sha256)
     if real(new.retained_energy) is None or not math.isfinite(new.seconds):
         raise RegistryError(
             f"expected finite numbers, got retained_energy={new.retained_energy} and seconds={new.seconds}"
@@ -208,7 +226,13 @@ def _insert_next(
     return version_id
 
 
-def _link_submissions(connection: sa.Connection, new: NewVersion, version_id: int) -> None:
+def _link_submissions(
+    connection: sa.Connection,
+    new: NewVersion | ClosedRound,
+    version_id: int,
+    *,
+    quarantined: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     accepted = (
         t.submission.c.run_id == new.run_id,
         t.submission.c.round == new.round_number,
@@ -216,7 +240,7 @@ def _link_submissions(connection: sa.Connection, new: NewVersion, version_id: in
     )
     query = sa.select(t.submission.c.client, t.submission.c.id).where(*accepted)
     ids: dict[str, int] = {client: key for client, key in connection.execute(query)}  # noqa: C416
-    if strangers := sorted({*new.weights, *new.quarantined} - set(ids)):
+    if strangers := sorted({*new.weights, *quarantined} - set(ids)):
         raise RegistryError(
             f"round {new.round_number} of run {new.run_id} has no accepted submission of "
             f"{', '.join(map(repr, strangers))}, so they cannot have a weight; nothing was published"
@@ -225,6 +249,6 @@ def _link_submissions(connection: sa.Connection, new: NewVersion, version_id: in
         reason = text(new.reduced.get(client, ""), limit=REASON_LENGTH)
         values = {"version_id": version_id, "weight": real(weight), "reason": reason}
         connection.execute(sa.update(t.submission).where(t.submission.c.id == ids[client]).values(**values))
-    for client, why in new.quarantined.items():
+    for client, why in quarantined.items():
         values = {"status": "quarantined", "weight": 0.0, "reason": text(why, limit=REASON_LENGTH)}
         connection.execute(sa.update(t.submission).where(t.submission.c.id == ids[client]).values(**values))

@@ -173,6 +173,29 @@ class NewImport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ClosedRound:
+    """A round that a version closes which was learned, or is left after a request.
+
+    Attributes:
+        run_id: The run.
+        round_number: Its round.
+        weights: As in :class:`NewVersion`, like all that follow.
+        reduced: Why a client in ``weights`` counts for less than its share.
+        bytes_down: Bytes sent to clients.
+        bytes_up: Bytes received from clients.
+        seconds: Wall-clock time of the round.
+    """
+
+    run_id: str
+    round_number: int
+    weights: Mapping[str, float]
+    reduced: Mapping[str, str] = field(default_factory=dict)
+    bytes_down: int = 0
+    bytes_up: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NewLearned:
     """What was learned of one task, or what is left after a request to forget, as it is to be published.
 
@@ -187,6 +210,7 @@ class NewLearned:
         metrics: Scores of this version.
         expected_head: As in :class:`NewVersion`.
         parents: Versions that it is made of.
+        closes: The round of a run whose clients made it; None: it was made at one place.
     """
 
     adapter: str
@@ -201,6 +225,7 @@ class NewLearned:
     metrics: Mapping[str, float] = field(default_factory=dict)
     expected_head: str | None = None
     parents: Sequence[Parent] = ()
+    closes: ClosedRound | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,7 +31,7 @@ def _rule(rooms: str, never: str, only: str | None = None) -> Rule:
 
 RECORDS = {
     "adapters", "aggregation_settings", "errors", "privacy_settings", "settings", "manifest", "protocol", "payload",
-    "mos_settings", "ranks", "seeds", "strategies",
+    "mos_settings", "forget_settings", "ranks", "seeds", "strategies",
 }  # fmt: skip
 ROOMS = {
     "aggregation": _rule("records spine kernels", "flwr sqlalchemy ray peft opacus"),

@@ -433,3 +433,42 @@ sample_rate = 0.02
     parse_settings(f'name = "x"\n{privacy}', source="run.toml")
     with pytest.raises(ConfigError, match="nothing noises them yet"):
         parse_settings(f'name = "x"\n{privacy}\n{TASKS}', source="run.toml")
+
+
+# Classes to forget
+
+FORGET = '[forget]\nclasses = ["a"]\n'
+
+
+def test_a_run_file_may_forget() -> None:
+    settings = parse_settings(f'name = "x"\n{FORGET}[forget.settings]\nsteps = 9\n', source="run.toml")
+    assert settings.forget is not None
+    assert (settings.forget.classes, settings.forget.settings.steps) == (("a",), 9)
+    assert RunSettings.model_validate_json(settings.model_dump_json()) == settings
+
+
+@pytest.mark.parametrize(
+    ("rest", "says"),
+    [
+        ("[forget]\nclasses = []\n", "forget.classes"),
+        ('[forget]\nclasses = ["a", "a"]\n', "'a' is twice in forget.classes"),
+        (f"{FORGET}[forget.settings]\npush = 0.1\n", "GS-LoRA[+][+], which needs prototypes of all examples"),
+        (f"{FORGET}[forget.settings]\npull = 0.1\n", "set both to 0"),
+        (f"{FORGET}{TASKS}", r"\[forget\] and \[continual\] do not go together"),
+        (
+            f'{FORGET}[privacy]\nunit = "example"\npopulation = "p"\nepsilon = 8.0\ndelta = 1e-5\n',
+            "nothing noises them yet",
+        ),
+        (f'task = "causal-lm"\n{FORGET}', "takes classes out, got task='causal-lm'"),
+        (f"rounds = 4\n{FORGET}", r"leave \[training\] and rounds out"),
+        (f"{FORGET}[training]\nbatch_size = 3\n", r"leave \[training\] and rounds out"),
+        (f"{FORGET}[model]\nmax_length = 16\n", "only base and sha256 count"),
+        (f'{FORGET}[data]\nlabels = ["a"]\n', r"leave \[data\] out"),
+        (f"{FORGET}[cohort]\nsize = 3\n", "leave cohort.fraction and cohort.size out"),
+        (f'{FORGET}[aggregation]\nstrategy = "ffa-nested"\n', "only max_update_norm and max_examples count"),
+        (f'{FORGET}[defence]\nkind = "geometric-median"\n', "without a defence"),
+    ],
+)
+def test_what_does_not_go_with_forgetting_is_refused(rest: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        parse_settings(f'name = "x"\n{rest}', source="run.toml")

@@ -17,10 +17,11 @@ from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 
-from pomona.continual.editing import Classifier, EditSettings, Examples, Step, edit, features_of
+from pomona.continual.editing import Classifier, Examples, Step, edit, features_of
 from pomona.continual.encoder import FrozenEncoder
 from pomona.continual.forget_baselines.wrong_labels import wrong_labels
 from pomona.continual.forgetting import Forgotten, forgotten_by
+from pomona.forget_settings import EditSettings
 
 
 class DistillationSettings(EditSettings):

@@ -17,9 +17,10 @@ from pydantic import PositiveFloat
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from pomona.continual.editing import Classifier, EditSettings, Examples, Step, edit
+from pomona.continual.editing import Classifier, Examples, Step, edit
 from pomona.continual.encoder import FrozenEncoder
 from pomona.continual.forgetting import Forgotten, forgotten_by
+from pomona.forget_settings import EditSettings
 
 
 class NegativeGradientSettings(EditSettings):

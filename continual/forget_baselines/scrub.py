@@ -19,10 +19,11 @@ from pydantic import Field, NonNegativeFloat
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from pomona.continual.editing import Classifier, EditSettings, Examples, Step, edit, features_of
+from pomona.continual.editing import Classifier, Examples, Step, edit, features_of
 from pomona.continual.encoder import FrozenEncoder
 from pomona.continual.forget_baselines.distillation import divergence_from
 from pomona.continual.forgetting import Forgotten, forgotten_by
+from pomona.forget_settings import EditSettings
 
 
 class ScrubSettings(EditSettings):

@@ -22,11 +22,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from pomona.adapters import LoraFactors
-from pomona.continual.editing import Classifier, EditSettings, Examples, Step, edit
+from pomona.continual.editing import Classifier, Examples, Step, edit
 from pomona.continual.encoder import FrozenEncoder
 from pomona.continual.forgetting import Forgotten, forgotten_by
 from pomona.continual.training import stacked
 from pomona.errors import DataError
+from pomona.forget_settings import EditSettings
 from pomona.seeds import seed_of
 
 Importance = Mapping[str, Tensor]

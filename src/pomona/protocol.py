@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, model_validator
 
+from pomona.forget_settings import ForgetSettings
 from pomona.mos_settings import MosSettings
 from pomona.settings import Sha256, TrainingSettings
 
@@ -24,6 +25,7 @@ ENROL = "query"
 TRAIN = "train"
 TASK = "train.task"
 SUMS = "query.sums"
+EDIT = "train.edit"
 TELL = "query.tell"
 ADVERTISE = "query.advertise"
 SHARE = "query.share"
@@ -100,6 +102,20 @@ class LocalPrivacy(_Record):
     rounds: Annotated[int, Field(ge=1, le=2**31)] = 1
 
 
+class ForgetTerms(_Record):
+    """What a run asks clients to forget together.
+
+    Attributes:
+        classes: To forget.
+        settings: Of forgetting, the same for all.
+        seed: Of the first factors, of the order of rows, and of which rows are held out.
+    """
+
+    classes: Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
+    settings: ForgetSettings
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)]
+
+
 class Invitation(_Record):
     """What a client must know before it can say whether it takes part.
 
@@ -122,6 +138,8 @@ class Invitation(_Record):
         secure_sum: The client sends no update, but takes part in secure sums on these terms; None: in none.
         continual: The run learns task after task on these terms, and asks by :class:`TaskTraining` and
             :class:`TaskSums`; ``labels`` are in learning order. None: it does not.
+        forget: The run forgets classes of what was learned as ``continual`` says, and asks by :class:`EditRequest`;
+            ``labels`` are what is known and what was forgotten before. None: it does not.
     """
 
     run_id: RunId
@@ -140,6 +158,7 @@ class Invitation(_Record):
     local_privacy: LocalPrivacy | None = None
     secure_sum: SecureSumPrivacy | None = None
     continual: MosSettings | None = None
+    forget: ForgetTerms | None = None
 
     @model_validator(mode="after")
     def _promises_one_thing(self) -> Self:
@@ -154,6 +173,8 @@ class Invitation(_Record):
             )
         if self.continual is not None and (self.private or self.task != "classification"):
             raise ValueError("expected a run that learns task after task to classify and to promise no privacy")
+        if self.forget is not None and self.continual is None:
+            raise ValueError("expected how the classes to forget were learned, got nothing of it")
         return self
 
 
@@ -231,13 +252,37 @@ class TaskSums(_TaskRequest):
     trained_sha256: Sha256
 
 
+EditStage = Literal["begin", "step", "moves", "end"]
+
+
+class EditRequest(_Record):
+    """One exchange of a request to forget; what comes back depends on the stage.
+
+    Attributes:
+        invitation: Repeated, so that a client that restarted can say so.
+        attempt: Of the run at the request, from 1; goes back in the place of a task's number.
+        parent: Reference of the version that is edited.
+        stage: ``begin``: the payload is what is known, and scores of it come back. ``step``: it is the factors after
+            ``number`` steps, and gradients come back. ``moves``: it is those after the last step, and how features
+            moved comes back. ``end``: it is what is known after the edit, and scores of it come back, with the
+            classes and without.
+        number: Steps that were taken.
+    """
+
+    invitation: Invitation
+    attempt: Annotated[int, Field(ge=1, le=2**31)]
+    parent: Reference
+    stage: EditStage
+    number: Annotated[int, Field(ge=0, le=2**31)]
+
+
 class NoExamples(_Record):
-    """A client's answer where it has no examples of a task; it is left out of the task.
+    """A client's answer where it has no examples of a task, or of a request; it is left out of it.
 
     Attributes:
         name: The client's name.
         run_id: The run.
-        task_number: The task.
+        task_number: The task, or the attempt at a request.
     """
 
     name: ClientName

@@ -17,6 +17,7 @@ from pydantic import (
 )
 
 from pomona.aggregation_settings import AggregationSettings, DefenceSettings, Fraction, Section, changed
+from pomona.forget_settings import RequestSettings
 from pomona.mos_settings import StreamSettings
 from pomona.privacy_settings import PrivacySettings
 from pomona.ranks import RankPattern, layer_rank
@@ -196,6 +197,7 @@ class RunSettings(Section):
         seed: Of everything random: cohorts, fresh adapters, initial head, batches. Noise for privacy has no seed.
         privacy: What is promised to whom; None: nothing.
         continual: Tasks to learn one after another, instead of ``rounds`` of one; None: it is one.
+        forget: Classes that the adapter is to forget, instead of ``rounds``; None: it trains.
     """
 
     name: AdapterName
@@ -211,6 +213,7 @@ class RunSettings(Section):
     privacy: PrivacySettings | None = None
     simulation: SimulationSettings = SimulationSettings()
     continual: StreamSettings | None = None
+    forget: RequestSettings | None = None
 
     @model_validator(mode="after")
     def _defence_fits(self) -> Self:
@@ -268,10 +271,17 @@ class RunSettings(Section):
                 raise ValueError(reason)
         return self
 
+    @model_validator(mode="after")
+    def _request_fits(self) -> Self:
+        if self.forget is not None:
+            for reason in _unfit_for_request(self):
+                raise ValueError(reason)
+        return self
+
 
 def _unfit_for_tasks(settings: RunSettings) -> Iterator[str]:
     """Yield why a run cannot learn task after task."""
-    continual, limits = settings.continual, settings.aggregation
+    continual = settings.continual
     if settings.task != "classification":
         yield f"[continual] learns classes, got task={settings.task!r}; leave the section or the task out"
     if settings.privacy is not None:
@@ -282,8 +292,7 @@ def _unfit_for_tasks(settings: RunSettings) -> Iterator[str]:
     if settings.defence.kind != "none":
         kind = settings.defence.kind
         yield f"[continual] averages adapters and adds sums up, without a defence; got defence.kind={kind!r}"
-    kept = {name: getattr(limits, name) for name in ("max_update_norm", "max_examples")}
-    if limits != AggregationSettings(**kept):
+    if _aggregates_otherwise(settings):
         yield "[continual] averages by examples, exactly; of [aggregation] only max_update_norm and max_examples count"
     if settings.training != TrainingSettings():
         yield "[continual] trains as [continual.mos] and [continual.mos.training] say; leave [training] out"
@@ -293,3 +302,32 @@ def _unfit_for_tasks(settings: RunSettings) -> Iterator[str]:
         yield f"[continual] has rounds_per_task for each task; leave rounds out, got {settings.rounds}"
     if continual is not None and continual.tasks and settings.data.labels:
         yield "give the classes as continual.tasks or as data.labels, not both"
+
+
+def _unfit_for_request(settings: RunSettings) -> Iterator[str]:
+    """Yield why a run cannot forget classes with its clients."""
+    for name, why in {
+        "continual": "a run learns or forgets; forget by another run, of the same adapter",
+        "privacy": "gradients and sums of features are exact, and nothing noises them yet",
+    }.items():
+        if getattr(settings, name) is not None:
+            yield f"[forget] and [{name}] do not go together: {why}; leave one out"
+    if settings.task != "classification":
+        yield f"[forget] takes classes out, got task={settings.task!r}; leave the section or the task out"
+    if settings.defence.kind != "none":
+        yield f"[forget] adds gradients up, without a defence; got defence.kind={settings.defence.kind!r}"
+    if _aggregates_otherwise(settings):
+        yield "[forget] averages gradients by rows; of [aggregation] only max_update_norm and max_examples count"
+    if settings.training != TrainingSettings() or changed(settings, "rounds"):
+        yield "[forget] trains as [forget.settings] says; leave [training] and rounds out"
+    if settings.model.target_modules or changed(settings.model, "max_length"):
+        yield "[forget] takes layers and texts as the adapter was learned; of [model] only base and sha256 count"
+    if settings.data != DataSettings():
+        yield "[forget] scores by rows that clients hold out, so the coordinator needs no rows; leave [data] out"
+    if settings.cohort.fraction is not None or settings.cohort.size is not None:
+        yield "[forget] asks all clients that have rows; leave cohort.fraction and cohort.size out"
+
+
+def _aggregates_otherwise(settings: RunSettings) -> bool:
+    limits = settings.aggregation
+    return limits != AggregationSettings(max_update_norm=limits.max_update_norm, max_examples=limits.max_examples)

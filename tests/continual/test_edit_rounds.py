@@ -20,11 +20,12 @@ from pomona.continual.edit_rounds import (
     is_done,
     start_edit,
 )
-from pomona.continual.editing import EditSettings, Examples
+from pomona.continual.editing import Examples
 from pomona.continual.encoder import Adapter
-from pomona.continual.forgetting import ForgetSettings, forget_classes, forget_owner, forget_step
+from pomona.continual.forgetting import forget_classes, forget_owner, forget_step
 from pomona.continual.groups import changed_groups, shrink_groups
 from pomona.errors import ConfigError, DataError
+from pomona.forget_settings import EditSettings, ForgetSettings
 
 SHORT = ForgetSettings(rank=2, steps=6, batch_size=12, forget_batch_size=6, learning_rate=1e-2)
 ALL_ROWS = SHORT.model_copy(update={"batch_size": 200, "forget_batch_size": 200})

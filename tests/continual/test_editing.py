@@ -12,7 +12,6 @@ from torch.nn.functional import cross_entropy
 
 from pomona.continual.editing import (
     Classifier,
-    EditSettings,
     Examples,
     Step,
     _by_route,
@@ -23,6 +22,7 @@ from pomona.continual.editing import (
 from pomona.continual.encoder import NO_ADAPTER, Adapter
 from pomona.continual.training import stacked
 from pomona.errors import ConfigError, DataError
+from pomona.forget_settings import EditSettings
 
 SHORT = EditSettings(rank=2, steps=4, batch_size=8, forget_batch_size=4)
 

@@ -18,10 +18,11 @@ from pomona.continual.erasure import (
     subtract_classes,
     without_rows,
 )  # fmt: skip
-from pomona.continual.forgetting import ForgetSettings, forget_classes
+from pomona.continual.forgetting import forget_classes
 from pomona.continual.heads import CosineHead, LinearHead, class_means, random_projection, ridge_head, ridge_sums
 from pomona.continual.statistics import class_statistics
 from pomona.errors import DataError
+from pomona.forget_settings import ForgetSettings
 
 PROJECTION = random_projection(6, 20, seed=0)
 NAMES = ("animal", "food", "tool", "weather")

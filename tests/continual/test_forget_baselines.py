@@ -10,7 +10,7 @@ from tests.continual.taught import TRAINING, Taught, bytes_of, same_bytes, taugh
 from torch.nn.functional import cross_entropy, softmax
 
 from pomona.adapters import LoraFactors
-from pomona.continual.editing import Classifier, EditSettings, Examples, few_of_each
+from pomona.continual.editing import Classifier, Examples, few_of_each
 from pomona.continual.forget_baselines.distillation import (
     DistillationSettings,
     divergence_from,
@@ -25,8 +25,9 @@ from pomona.continual.forget_baselines.wrong_labels import (
     forget_by_wrong_labels,
     wrong_labels,
 )  # fmt: skip
-from pomona.continual.forgetting import ForgetSettings, Forgotten, forget_classes
+from pomona.continual.forgetting import Forgotten, forget_classes
 from pomona.errors import DataError
+from pomona.forget_settings import EditSettings, ForgetSettings
 from pomona.mos_settings import LoopSettings
 
 BUDGET = {"rank": 4, "steps": 40, "batch_size": 12, "forget_batch_size": 6, "learning_rate": 1e-2}

@@ -13,7 +13,6 @@ from tests.continual.taught import Taught, bytes_of, same_bytes, taught
 
 from pomona.continual.editing import Classifier, Head, few_of_each
 from pomona.continual.forgetting import (
-    ForgetSettings,
     Forgotten,
     bounded_loss,
     chance_bound,
@@ -21,6 +20,7 @@ from pomona.continual.forgetting import (
     forget_classes,
 )  # fmt: skip
 from pomona.continual.heads import CosineHead, class_means, random_projection, ridge_head, ridge_sums
+from pomona.forget_settings import ForgetSettings
 
 TINY = ForgetSettings(rank=4, steps=40, batch_size=12, forget_batch_size=6, learning_rate=1e-2)
 

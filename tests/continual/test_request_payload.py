@@ -12,12 +12,13 @@ from torch import Tensor
 from pomona.continual.edit_rounds import EditState, is_done, start_edit
 from pomona.continual.editing import Examples
 from pomona.continual.encoder import FrozenEncoder
-from pomona.continual.forgetting import ForgetSettings, forget_step
+from pomona.continual.forgetting import forget_step
 from pomona.continual.groups import changed_groups
 from pomona.continual.knowledge import Knowledge, nothing_known
 from pomona.continual.learner import data_of_tasks
 from pomona.continual.mos import learn_task
 from pomona.continual.moves import TaskMoves, summed_moves
+from pomona.continual.request_known import decode_known, encode_known
 from pomona.continual.request_payload import (
     RequestFacts,
     decode_edit,
@@ -29,12 +30,13 @@ from pomona.continual.request_payload import (
     encode_moves,
     encode_scores,
 )
-from pomona.continual.requests import MetRequest, RequestOwner, forget_in_knowledge, meet
+from pomona.continual.requests import MetRequest, RequestOwner, forget_in_knowledge, meet, with_edit
 from pomona.continual.scores import scores_of
 from pomona.continual.statistics import ClassStatistics
 from pomona.continual.tasks import Task
 from pomona.datasets import load_dataset
 from pomona.errors import PayloadError
+from pomona.forget_settings import ForgetSettings
 from pomona.mos_settings import HeadKind, LoopSettings, MosSettings
 from pomona.payload import read_header
 
@@ -230,3 +232,50 @@ def test_scores_add_up_and_right_answers_are_no_more_than_examples(ridge: Learne
     for spoil in (times("counts", 0), times("right", -1), times("counts", 1000)):
         with pytest.raises(PayloadError, match="expected right answers among at most 100"):
             decode_scores(spoiled(payload, spoil), CLASSES, sets=1, max_rows=100)
+
+
+def known_payload(known: Learned) -> bytes:
+    return encode_known(known.knowledge)
+
+
+def test_what_is_known_comes_back_to_the_byte(ridge: Learned) -> None:
+    state = start_edit(ridge.encoder, rank=2, seed=0)
+    edited = with_edit(ridge.knowledge, state)  # whose factors have a scale
+    for knowledge in (ridge.knowledge, edited, edited.without(["food"])):
+        read = decode_known(encode_known(knowledge), ridge.encoder.manifest, width=16, classes=CLASSES)
+        one, other = facts_of(read), facts_of(knowledge)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one)
+        assert read.settings == knowledge.settings
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (times("task.1.head.bias", float("nan")), "NaN or an infinity"),
+        (without("task.1.statistics.total"), "knowledge of a task"),
+        (lambda tensors: tensors.update({"head.weight": torch.zeros(4, 7)}), "weight of the head"),
+        (times("task.2.first.count", 0), "statistics of examples, got of 0"),
+        (
+            lambda tensors: tensors.update(
+                {key: each[:, :3] for key, each in tensors.items() if key.startswith("task.2.lora_A")}
+            ),
+            r"expected A of .* shape \(2, ",
+        ),
+        (
+            lambda tensors: tensors.update(
+                {"task.1.lora_A.other": torch.zeros(2, 3), "task.1.lora_B.other": torch.zeros(3, 2)}
+            ),
+            "layers of this encoder",
+        ),
+    ],
+)
+def test_what_nobody_can_know_of_this_encoder_is_refused(ridge: Learned, spoil: Spoil, says: str) -> None:
+    """A coordinator is not trusted either; unchecked, these end a client with an error of torch in the middle."""
+    with pytest.raises(PayloadError, match=says):
+        decode_known(spoiled(known_payload(ridge), spoil), ridge.encoder.manifest, width=16, classes=CLASSES)
+
+
+def test_knowledge_of_other_classes_is_refused(ridge: Learned) -> None:
+    with pytest.raises(PayloadError, match="classes of the run, got 'weather'"):
+        decode_known(known_payload(ridge), ridge.encoder.manifest, width=16, classes=CLASSES[:3])

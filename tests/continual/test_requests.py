@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from pomona.continual import requests
 from pomona.continual.editing import Examples
 from pomona.continual.encoder import FrozenEncoder
-from pomona.continual.forgetting import ForgetSettings
 from pomona.continual.knowledge import Knowledge, nothing_known
 from pomona.continual.learner import data_of_tasks
 from pomona.continual.mos import learn_task, predict
@@ -22,6 +21,7 @@ from pomona.continual.requests import MetRequest, forget_in_knowledge
 from pomona.continual.statistics import ClassStatistics
 from pomona.continual.tasks import Task
 from pomona.datasets import load_dataset
+from pomona.forget_settings import ForgetSettings
 from pomona.mos_settings import AlignmentSettings, MosSettings
 
 TASKS = (Task(1, ("animal", "food")), Task(2, ("tool", "weather")))

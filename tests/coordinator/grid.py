@@ -11,7 +11,7 @@ from flwr.supercore.run import Run as FlowerRun
 
 from pomona.client.trainer import Profile, Trainer
 from pomona.messages import pack, unpack
-from pomona.protocol import ADVERTISE, ENROL, MASK, SHARE, SUMS, TASK, TELL, UNMASK, Exclusion, TrainRequest
+from pomona.protocol import ADVERTISE, EDIT, ENROL, MASK, SHARE, SUMS, TASK, TELL, UNMASK, Exclusion, TrainRequest
 
 STAGES = (ADVERTISE, SHARE, MASK, UNMASK)
 
@@ -59,7 +59,7 @@ class Node:
             return answer
         if message.metadata.message_type in STAGES:
             return self.sums(message.metadata.message_type, answer)
-        if message.metadata.message_type in {TASK, SUMS}:
+        if message.metadata.message_type in {TASK, SUMS, EDIT}:
             self.worked.append((message.metadata.message_type, request, payload))
             return self.learns(message.metadata.message_type, answer)
         self.asked.append((TrainRequest.model_validate_json(request), payload))

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from pomona.continual.forgetting import ForgetSettings
 from pomona.coordinator.continual_settings import ContinualSettings, EncoderSettings
+from pomona.forget_settings import ForgetSettings
 from pomona.mos_settings import LoopSettings, MosSettings
 
 ROOT = Path(__file__).parents[2]
