@@ -36,7 +36,12 @@ LOSS = 3.1415926535
 COUNT = 60497
 NONCE = "feedfacecafe"
 WORD = "zyzzogeton"
-TEXTS = {"a word": WORD, "a loss": "3.14159", "a count": str(COUNT), "a nonce": NONCE}
+TEXTS = {  # as patterns: digits of a count may be among those of a random number, but not all of it
+    "a word": WORD.encode(),
+    "a loss": rb"3\.14159",
+    "a count": rb"(?<![\d.])%d(?!\d)" % COUNT,
+    "a nonce": NONCE.encode(),
+}
 
 
 @dataclass
@@ -129,8 +134,8 @@ def found(home: Path, log: str, planted: Planted, *, private: bool) -> dict[str,
     """Return where each kind of canary stands."""
     places: dict[str, set[str]] = {}
     for place, content in everything(home, log, private=private):
-        for kind, text in TEXTS.items():
-            if text.encode() in content:
+        for kind, pattern in TEXTS.items():
+            if re.search(pattern, content):
                 places.setdefault(kind, set()).add(place)
         if re.search(rb"\b137\b", content) and not place.endswith((".db", "-wal", "-shm")) and "/" not in place:
             places.setdefault("a size", set()).add(place)

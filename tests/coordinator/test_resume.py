@@ -100,7 +100,12 @@ def undisturbed(
     return found
 
 
-OF_OTHERS = ("release-", "task-learned", "classes-forgotten")  # failpoints that a run without privacy never reaches
+OF_OTHERS = (
+    "release-",
+    "task-trained",
+    "task-learned",
+    "classes-forgotten",
+)  # failpoints that a run without privacy never reaches
 
 
 @pytest.mark.parametrize("place", [f"{place}:2" for place in get_args(Place) if not place.startswith(OF_OTHERS)])

@@ -102,14 +102,23 @@ def norm(tensors: Sequence[Tensor]) -> float:
 
 
 def assert_each_is_its_own(model: AdaptedModel) -> None:
+    """Compare in float64, where what rounding leaves of a gradient that is 0 cannot be taken for one.
+
+    Llama takes its norms in float32 whatever it is given; there no gradient is nearer than a few of its epsilons.
+    """
+    model.network.double()
+    each, whole = (
+        (1e-12, 1e-14) if "llama" not in str(model.network).lower() else (1e-5, 4 * torch.finfo(torch.float32).eps)
+    )
     data = examples(model)
     expected = one_by_one(model, data)
     with example_gradients(model) as gradients:
         losses, found = gradients(collate(data, range(len(data))))
     for i, own in enumerate(expected):
-        assert losses[i].item() == pytest.approx(model.loss(collate(data, [i])).item(), rel=1e-5)
+        assert losses[i].item() == pytest.approx(model.loss(collate(data, [i])).item(), rel=each)
         for tensor, mine in zip(own, found, strict=True):
-            assert norm([mine[i] - tensor]) <= 1e-5 * norm([tensor]) + 1e-7 * norm(own)
+            assert mine.dtype == torch.float64
+            assert norm([mine[i] - tensor]) <= each * norm([tensor]) + whole * norm(own)
 
 
 # gradients of single examples
