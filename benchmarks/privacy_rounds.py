@@ -38,7 +38,7 @@ from rich.table import Table
 
 from pomona import __version__
 from pomona.client.trainer import Profile, Trainer
-from pomona.coordinator import replies, round_loop
+from pomona.coordinator import membership, replies
 from pomona.coordinator.federation import run_federation
 from pomona.datasets import Dataset, load_dataset
 from pomona.messages import pack, unpack
@@ -207,6 +207,7 @@ def measure(clients: Sequence[Trainer], name: str, *, rounds: int, turns: int) -
     seconds = {way: {part: statistics.median(each) for part, each in parts.items()} for way, parts in spent.items()}
     return {
         "mechanism": name,
+        "options": f"--rounds {rounds} --turns {turns}",
         "rounds_timed": len(spent["plain"]["round"]),
         "off_without_noise": off,
         "median_cpu_s": seconds,
@@ -249,7 +250,7 @@ def main() -> None:
     torch.set_num_threads(1)
     for name in ("_task_id", "_run_id", "_node_id"):  # what Flower gives its apps, to write messages
         setattr(TaskIdentity, name, 1)
-    replies._POLL_S = round_loop._JOIN_POLL_S = 0.01  # no network to wait for
+    replies._POLL_S = membership._JOIN_POLL_S = 0.01  # no network to wait for
     machine = {"pomona": __version__, "torch": torch.__version__, "python": platform.python_version()}
     facts = {"cores": os.cpu_count(), "command": "python benchmarks/privacy_rounds.py"}
     document: dict[str, Any] = {"machine": machine | facts, "aim": AIM, "runs": []}

@@ -10,7 +10,6 @@ A client that says what cannot be, or nothing, is left out of all that follows. 
 begun again, in a round of its own; nothing of the one before goes into it.
 """
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -39,7 +38,6 @@ from pomona.protocol import EDIT, EditRequest, EditStage, Invitation
 from pomona.settings import RunSettings
 from pomona.storage.records import ClosedRound, Version
 from pomona.storage.registry import Registry
-from pomona.wire import digest
 
 
 @dataclass(slots=True, kw_only=True)
@@ -238,14 +236,6 @@ class RequestLoop(TaskExchange):
         for client in sorted(work.trained.keys() - moves.keys()):
             self._record_trainer(work, client)
         return [moves[client] for client in sorted(moves)]
-
-    def _record_trainer(self, work: RequestInMaking, client: str) -> None:
-        """Record a client whose gradients count and that was lost later: it has a part in the version."""
-        told = {"format": "edit-trainer/1", "client": client, "examples": work.trained[client]}
-        payload = json.dumps(told, sort_keys=True).encode()
-        nonce = f"trained-{digest(f'{work.number}/{client}'.encode())[:32]}"
-        new = self._submission(work, client, payload, "accepted", nonce=nonce, examples=work.trained[client])
-        self._registry.record_submission(new)
 
     def _scored(self, work: RequestInMaking, state: EditState, met: MetRequest) -> Edit:
         """Have the edited knowledge scored, with the classes and without, by those who scored it before."""

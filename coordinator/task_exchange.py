@@ -1,5 +1,6 @@
 """Asking clients to work on a task, and taking what they answer: one request to many, each answer by itself."""
 
+import json
 import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -14,11 +15,13 @@ from pomona.coordinator.task_answers import Asked, payload_of
 from pomona.errors import NotEnoughClients, RegistryError, UpdateRejected
 from pomona.messages import pack
 from pomona.storage.records import NewSubmission, SubmissionStatus
+from pomona.wire import digest
 
 _log = logging.getLogger(__name__)
 
 _SENDINGS = 3  # of a round's work
 _TTL_MARGIN_S = 30.0  # a straggler is late by the coordinator's clock, not an error of Flower's
+TRAINED_ONLY = "trained-"  # begins the nonce of a record that a client trained, where its sums did not come
 
 Take = Callable[[str, bytes], None]
 
@@ -141,6 +144,14 @@ class TaskExchange(Membership):
                 f"{what} of {work.called} needs {wanted} answers that can be used, got {counted}, and "
                 f"{len(work.absent)} of {len(work.cohort)} clients have no examples of it; the log says why"
             )
+
+    def _record_trainer(self, work: Work, client: str) -> None:
+        """Record a client that trained and whose sums did not come: it has a part in the version."""
+        told = {"format": "trainer/1", "client": client, "examples": work.trained[client]}
+        payload = json.dumps(told, sort_keys=True).encode()
+        nonce = f"{TRAINED_ONLY}{digest(f'{work.number}/{client}'.encode())[:32]}"
+        new = self._submission(work, client, payload, "accepted", nonce=nonce, examples=work.trained[client])
+        self._registry.record_submission(new)
 
     def _submission(
         self,

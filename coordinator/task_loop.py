@@ -9,7 +9,6 @@ What is killed while it trains is trained again. Sums that were recorded are not
 that they were taken under, which lies in the registry's blobs with the names of those that trained it.
 """
 
-import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +33,7 @@ from pomona.coordinator.increments import NOTHING, encode_increment
 from pomona.coordinator.memory import Memory, StreamRecord, feature_adapter, newest, open_encoder, recipe, state_of
 from pomona.coordinator.recovery import committed_rounds, known_members, unfinished_round, waiting_submissions
 from pomona.coordinator.task_answers import Asked, Summing, check_sums, check_trained, read_sums
-from pomona.coordinator.task_exchange import TaskExchange, TaskInMaking
+from pomona.coordinator.task_exchange import TRAINED_ONLY, TaskExchange, TaskInMaking
 from pomona.coordinator.task_scores import encoded, stream_metrics, task_accuracies, told_again
 from pomona.coordinator.task_stream import stream_record, tasks_of
 from pomona.errors import ConfigError, DataError, NotEnoughClients, UpdateRejected, VersionConflict
@@ -44,15 +43,8 @@ from pomona.protocol import SUMS, TASK, Invitation, TaskSums, TaskTraining
 from pomona.settings import RunSettings
 from pomona.storage.records import NewVersion, Parent, Version
 from pomona.storage.registry import Registry
-from pomona.wire import digest
 
 _log = logging.getLogger(__name__)
-
-_SENDINGS = 3  # of a round's work
-_TTL_MARGIN_S = 30.0  # a straggler is late by the coordinator's clock, not an error of Flower's
-_TRAINED_ONLY = "trained-"  # begins the nonce of a record that a client trained, where its sums did not come
-
-Take = Callable[[str, bytes], None]
 
 
 class TaskLoop(TaskExchange):
@@ -248,7 +240,7 @@ class TaskLoop(TaskExchange):
         """Return what another process had trained, if sums of it lie in the registry, and count those."""
         run_id, number = self._invitation.run_id, work.task.number
         here = waiting_submissions(self._registry, run_id, number)
-        recorded = [each for each in here if not each.nonce.startswith(_TRAINED_ONLY)]
+        recorded = [each for each in here if not each.nonce.startswith(TRAINED_ONLY)]
         if not recorded:
             return None
         blobs = self._registry.blobs
@@ -302,14 +294,6 @@ class TaskLoop(TaskExchange):
         if total is None:
             raise NotEnoughClients(f"task {work.task.number} has the sums of no client")
         return total
-
-    def _record_trainer(self, work: TaskInMaking, client: str) -> None:
-        """Record a client that trained the adapter and whose sums did not come: it has a part in the version."""
-        told = {"format": "task-trainer/1", "client": client, "examples": work.trained[client]}
-        payload = json.dumps(told, sort_keys=True).encode()
-        nonce = f"{_TRAINED_ONLY}{digest(f'{work.task.number}/{client}'.encode())[:32]}"
-        new = self._submission(work, client, payload, "accepted", nonce=nonce, examples=work.trained[client])
-        self._registry.record_submission(new)
 
     # Publishing
 
