@@ -59,6 +59,42 @@ def test_a_plan_is_told_to_people_with_what_to_do_about_a_hopeless_one(file: Pat
     assert "times as many clients" in told.stdout.replace("\n", " ")
 
 
+UNITS = {
+    "example": (
+        'unit = "example"\nepsilon = 0.5\ndelta = 1e-6\nsample_rate = 0.05',
+        "Much noise",
+        ["training.batch_size", "for whoever knows which examples a step took"],
+        ["clients a round", "Hopeless"],
+    ),
+    "local": (
+        'unit = "local"\nepsilon = 0.5\ndelta = 1e-6',
+        "Hopeless as it is",
+        ["what one client of phones has", "3 clients (cohort.min_clients)"],
+        ["for whoever knows", "training.batch_size"],
+    ),
+    "bands": (
+        'unit = "client"\npopulation_size = 900\nepsilon = 0.5\ndelta = 1e-6\nbands = 3\nspare_rounds = 2',
+        "Hopeless as it is",
+        ["once in 3 rounds, by a public schedule, about 300", "room for 2 more"],
+        ["with probability", "for whoever knows"],
+    ),
+}
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_what_is_said_of_a_plan_is_of_its_unit(unit: str, tiny_bert: Path, toy_data: Path, tmp_path: Path) -> None:
+    privacy, grade, said, unsaid = UNITS[unit]
+    path = tmp_path / "run.toml"
+    frame = FRAME.format(model=tiny_bert, data=toy_data)
+    more = '[cohort]\nmin_clients = 3\n[training]\nmax_steps = 4\n[aggregation]\nstrategy = "fedit"\nrank = 4\n'
+    path.write_text(f'{frame}{more}[privacy]\npopulation = "phones"\n{privacy}\n')
+    told = CliRunner().invoke(app, ["privacy", "plan", str(path)], env={"COLUMNS": "400"})
+    assert told.exit_code == 0, told.output
+    assert grade in told.stdout
+    assert [each for each in said if each not in told.stdout] == []
+    assert [each for each in unsaid if each in told.stdout] == []
+
+
 def test_what_cannot_be_promised_has_the_exit_code_of_settings(file: Path) -> None:
     file.write_text(file.read_text().replace('strategy = "fedit", rank = 4', 'strategy = "flora-bounded"'))
     told = CliRunner().invoke(app, ["privacy", "plan", str(file)])
