@@ -51,6 +51,7 @@ class Membership:
         registry: Where they are recorded.
         invitation: What they are told.
         make_sure: Raises AlreadyCoordinated where the run is no longer ours.
+        lasting: A round under client-level privacy lasts until its deadline, whoever has answered.
     """
 
     def __init__(
@@ -60,12 +61,18 @@ class Membership:
         registry: Registry,
         invitation: Invitation,
         make_sure: Callable[[], None],
+        *,
+        lasting: bool = True,
     ) -> None:
         self._grid, self._settings, self._registry, self._invitation = grid, settings, registry, invitation
-        self._make_sure = make_sure
+        self._make_sure, self._lasting = make_sure, lasting
         self._roster = Roster()
         self._puller = Puller(grid)
         self._invited: dict[str, int] = {}
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Load what this kind of run needs, once it is known which run it is."""
 
     def _wait_for_clients(self) -> None:
         cohort = self._settings.cohort

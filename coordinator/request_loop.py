@@ -11,10 +11,8 @@ begun again, in a round of its own; nothing of the one before goes into it.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-
-from flwr.serverapp import Grid
 
 from pomona.base_model import find_base_model
 from pomona.continual.edit_rounds import EditState, GradientShare, is_done, start_edit
@@ -34,10 +32,8 @@ from pomona.coordinator.task_exchange import Take, TaskExchange, Work
 from pomona.errors import ConfigError, DataError, NotEnoughClients, UpdateRejected, VersionConflict
 from pomona.failpoints import reach
 from pomona.logs import bind
-from pomona.protocol import EDIT, EditRequest, EditStage, Invitation
-from pomona.settings import RunSettings
+from pomona.protocol import EDIT, EditRequest, EditStage
 from pomona.storage.records import ClosedRound, Version
-from pomona.storage.registry import Registry
 
 
 @dataclass(slots=True, kw_only=True)
@@ -56,33 +52,14 @@ class RequestInMaking(Work):
 
 
 class RequestLoop(TaskExchange):
-    """One run that forgets, for as long as this process has it.
+    """One run that forgets, for as long as this process has it."""
 
-    Args:
-        grid: Where the clients are.
-        settings: Of the run.
-        registry: Where it is recorded.
-        invitation: What its clients are told.
-        make_sure: Raises AlreadyCoordinated where the run is no longer ours.
-        lasting: As of other loops; without privacy it changes nothing.
-    """
-
-    def __init__(
-        self,
-        grid: Grid,
-        settings: RunSettings,
-        registry: Registry,
-        invitation: Invitation,
-        make_sure: Callable[[], None],
-        *,
-        lasting: bool = True,
-    ) -> None:
-        super().__init__(grid, settings, registry, invitation, make_sure)
-        del lasting
+    def _prepare(self) -> None:
+        settings, invitation = self._settings, self._invitation
         if settings.forget is None or invitation.forget is None or invitation.continual is None:
             raise ConfigError("expected a run with [forget]; a bug of the coordinator's")
         self._terms, self._mos = invitation.forget, invitation.continual
-        self._memory = edited_memory(registry, settings, run_id=invitation.run_id)
+        self._memory = edited_memory(self._registry, settings, run_id=invitation.run_id)
 
     def run(self) -> list[Version]:
         """Meet the request, unless it is met, and return the version.

@@ -7,12 +7,11 @@ every round to the registry before the next one begins.
 
 import contextlib
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message
-from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
 from pomona.adapters import AdapterWeights
@@ -30,10 +29,8 @@ from pomona.errors import (
 )
 from pomona.failpoints import reach
 from pomona.lora_model import AdaptedModel, Scores
-from pomona.protocol import Invitation
 from pomona.settings import RunSettings
 from pomona.storage.records import Exactness, NewVersion, Version
-from pomona.storage.registry import Registry
 from pomona.strategies import BY_NAME as FACTS
 from pomona.wire import decode_weights, encode_weights
 
@@ -43,29 +40,10 @@ _SENDINGS = 3  # of a round's work
 
 
 class RoundLoop(Membership):
-    """One run, for as long as this process has it.
+    """One run, for as long as this process has it."""
 
-    Args:
-        grid: Where the clients are.
-        settings: Of the run.
-        registry: Where it is recorded.
-        invitation: What its clients are told.
-        make_sure: Raises AlreadyCoordinated where the run is no longer ours.
-        lasting: A round under client-level privacy lasts until its deadline, whoever has answered.
-    """
-
-    def __init__(
-        self,
-        grid: Grid,
-        settings: RunSettings,
-        registry: Registry,
-        invitation: Invitation,
-        make_sure: Callable[[], None],
-        *,
-        lasting: bool = True,
-    ) -> None:
-        super().__init__(grid, settings, registry, invitation, make_sure)
-        self._lasting = lasting
+    def _prepare(self) -> None:
+        settings, invitation = self._settings, self._invitation
         self._model = AdaptedModel(
             find_base_model(settings.model.base),
             task=settings.task,

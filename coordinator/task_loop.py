@@ -11,10 +11,8 @@ that they were taken under, which lies in the registry's blobs with the names of
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-
-from flwr.serverapp import Grid
 
 from pomona.base_model import find_base_model
 from pomona.continual.knowledge import Knowledge, TaskKnowledge, nothing_known
@@ -39,38 +37,17 @@ from pomona.coordinator.task_stream import stream_record, tasks_of
 from pomona.errors import ConfigError, DataError, NotEnoughClients, UpdateRejected, VersionConflict
 from pomona.failpoints import reach
 from pomona.logs import bind
-from pomona.protocol import SUMS, TASK, Invitation, TaskSums, TaskTraining
-from pomona.settings import RunSettings
+from pomona.protocol import SUMS, TASK, TaskSums, TaskTraining
 from pomona.storage.records import NewVersion, Parent, Version
-from pomona.storage.registry import Registry
 
 _log = logging.getLogger(__name__)
 
 
 class TaskLoop(TaskExchange):
-    """One run that learns task after task, for as long as this process has it.
+    """One run that learns task after task, for as long as this process has it."""
 
-    Args:
-        grid: Where the clients are.
-        settings: Of the run.
-        registry: Where it is recorded.
-        invitation: What its clients are told.
-        make_sure: Raises AlreadyCoordinated where the run is no longer ours.
-        lasting: As of other loops; without privacy it changes nothing.
-    """
-
-    def __init__(
-        self,
-        grid: Grid,
-        settings: RunSettings,
-        registry: Registry,
-        invitation: Invitation,
-        make_sure: Callable[[], None],
-        *,
-        lasting: bool = True,
-    ) -> None:
-        super().__init__(grid, settings, registry, invitation, make_sure)
-        del lasting
+    def _prepare(self) -> None:
+        settings, invitation = self._settings, self._invitation
         if settings.continual is None or invitation.continual is None:
             raise ConfigError("expected a run with [continual]; a bug of the coordinator's")
         self._mos, self._rounds = invitation.continual, settings.continual.rounds_per_task
@@ -78,7 +55,7 @@ class TaskLoop(TaskExchange):
         held_out = load_held_out(settings)
         self._tasks = tasks_of(settings, held_out.labels)
         self._test = encoded(self._encoder, held_out.dataset, max_length=settings.model.max_length)
-        self._memory = newest(registry, settings.name)
+        self._memory = newest(self._registry, settings.name)
         self._record: StreamRecord = stream_record(
             settings,
             run_id=invitation.run_id,
