@@ -21,6 +21,7 @@ import torch
 from continual_methods import CLOSED_FORM, ONCE, PAIRED, PIECES, RATES, TUNED_AS, check_exactness, run_piece
 from continual_report import report
 from continual_streams import ADAPTED_BLOCKS, EXAMPLES, FASHION, STREAMS, Stream, stream_of
+from continual_verbs import WORDNET
 from rich.console import Console
 from strategies import keep_run, read_runs
 
@@ -95,12 +96,15 @@ def _stream(options: argparse.Namespace, wanted: dict[str, object]) -> Stream:
         str(wanted["split"]),
         options.encoders,
         options.fashion,
+        options.wordnet,
     )
 
 
 @lru_cache(maxsize=1)  # pieces of one seed and order come one after another
-def _checked_stream(name: str, seed: int, order: int, split: str, encoders: Path, fashion: Path) -> Stream:
-    stream = stream_of(name, seed=seed, order=order, split=split, folder=encoders, fashion=fashion)
+def _checked_stream(
+    name: str, seed: int, order: int, split: str, encoders: Path, fashion: Path, wordnet: Path
+) -> Stream:
+    stream = stream_of(name, seed=seed, order=order, split=split, folder=encoders, fashion=fashion, verbs=wordnet)
     check_exactness(stream)
     return stream
 
@@ -124,6 +128,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--tune", action="store_true", help="choose learning rates on the validation split")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--fashion", type=Path, default=FASHION, help="folder of Fashion-MNIST's files")
+    parser.add_argument("--wordnet", type=Path, default=WORDNET, help="folder of WordNet's files, for wordnet-long")
     parser.add_argument("--encoders", type=Path, default=Path("build/encoders"), help="where pretrained ViTs are kept")
     parser.add_argument("--out", type=Path, default=RESULTS / "continual.json")
     return parser.parse_args()

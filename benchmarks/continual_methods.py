@@ -81,7 +81,10 @@ MOS_GROUPS: dict[str, dict[str, dict[str, object]]] = {  # trained alike: name o
         "MOS, ridge head": {"head": "ridge", "ridge_dimensions": DIMENSIONS},
         "MOS, ridge head, mean adapter": {"head": "ridge-own", "ridge_dimensions": DIMENSIONS},
     },
-    "mos-apart": {"MOS, no merge": {"head": "aligned", "regularized_replay": False, "merge_weight": 0.0}},
+    "mos-apart": {
+        "MOS, no merge": {"head": "aligned", "regularized_replay": False, "merge_weight": 0.0},
+        "MOS, default without merge": {"head": "combined", "merge_weight": 0.0},
+    },
     "mos-official": {"MOS, as its code": {"head": "aligned", "regularized_replay": False, "official_compat": True}},
 }
 ORACLES = {MOS: "MOS, oracle retrieval", "MOS, no merge": "MOS, no merge, oracle retrieval"}

@@ -1,6 +1,6 @@
 """The streams that continual learning is measured on: WordNet glosses, and images under a ViT that is trained here.
 
-* ``wordnet``: 24 noun classes, 6 tasks of 4, MiniLM; ``wordnet-long``: the same classes, 12 tasks of 2;
+* ``wordnet``: 24 noun classes, 6 tasks of 4, MiniLM; ``wordnet-long``: these and 15 classes of verbs, 13 tasks of 3;
 * ``fashion``: Fashion-MNIST. No pretrained vision transformer comes in a package, so a small one is **pretrained
   here**, on five of its ten classes; the other five are learned in tasks of 2, 2 and 1. Which five are pretrained on
   is drawn with the order of classes;
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from continual_verbs import WORDNET, verbs_by_split
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTModel
 
@@ -27,7 +28,7 @@ from pomona.continual.tasks import Task, tasks_by_size
 from pomona.datasets import load_dataset
 from pomona.seeds import seed_of
 
-STREAMS = {"wordnet": 4, "wordnet-long": 2, "fashion": 2, "digits": 2}
+STREAMS = {"wordnet": 4, "wordnet-long": 3, "fashion": 2, "digits": 2}
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 ADAPTED_BLOCKS = 2
 MAX_LENGTH = 48
@@ -103,7 +104,9 @@ class Source:
     facts: dict[str, object]
 
 
-def stream_of(name: str, *, seed: int, order: int, split: str, folder: Path, fashion: Path) -> Stream:
+def stream_of(
+    name: str, *, seed: int, order: int, split: str, folder: Path, fashion: Path, verbs: Path = WORDNET
+) -> Stream:
     """Return a stream.
 
     Args:
@@ -113,20 +116,33 @@ def stream_of(name: str, *, seed: int, order: int, split: str, folder: Path, fas
         split: ``test`` or ``validation``: what is scored.
         folder: Where pretrained vision transformers are kept.
         fashion: Folder of Fashion-MNIST's four files.
+        verbs: Folder of WordNet's data files.
     """
-    source = wordnet() if name.startswith("wordnet") else images(name, order, folder, fashion)
+    source = _source(name, order, folder, fashion, verbs)
     tasks = tasks_by_size(source.labels["train"], classes_per_task=STREAMS[name], seed=order)
     train = _chosen(source, "train", tasks, seed=seed)
     return Stream(source.encoder, train, _chosen(source, split, tasks, seed=0), source.facts)
 
 
+def _source(name: str, order: int, folder: Path, fashion: Path, verbs: Path) -> Source:
+    if name.startswith("wordnet"):
+        return wordnet(verbs if name == "wordnet-long" else None)
+    return images(name, order, folder, fashion)
+
+
 @cache
-def wordnet() -> Source:
-    """Return the glosses under MiniLM."""
+def wordnet(verbs: Path | None = None) -> Source:
+    """Return the glosses under MiniLM: of nouns, and where a folder is given, of verbs."""
     encoder = CountingEncoder(find_base_model("all-minilm-l6-v2"), adapted_blocks=ADAPTED_BLOCKS)
-    data = {split: load_dataset("wordnet-nouns", split=split) for split in EXAMPLES}  # type: ignore[arg-type]
-    states = {split: encoder.of_texts(each.texts, max_length=MAX_LENGTH) for split, each in data.items()}
-    return Source(encoder, states, {split: list(each.labels) for split, each in data.items()}, {})
+    more = verbs_by_split(verbs) if verbs else {}
+    states, labels = {}, {}
+    for split, most in EXAMPLES.items():
+        nouns = load_dataset("wordnet-nouns", split=split)  # type: ignore[arg-type]
+        texts, named = more.get(split, ([], []))
+        kept = _few(named, 4 * most, seed=0)
+        states[split] = encoder.of_texts([*nouns.texts, *(texts[i] for i in kept)], max_length=MAX_LENGTH)
+        labels[split] = [*nouns.labels, *(named[i] for i in kept)]
+    return Source(encoder, states, labels, {})
 
 
 @cache
