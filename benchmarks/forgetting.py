@@ -1,9 +1,13 @@
-"""Forget classes of WordNet nouns from a MiniLM classifier of 24, in ten ways, and look for what is left of them.
+"""Forget classes from a classifier, in ten ways, and look for what is left of them.
 
-A classifier is trained for each seed, then asked to forget ``plant``, ``animal``, ``food`` or ``substance``, each a
-close neighbour of another, and all four one after another. Ways to forget have a replay buffer of 30 examples a class
-and the same number of steps; each chooses among three settings on the validation split, by the mean of H over two
-requests of seed 0. The oracle trains anew on everything but the class.
+``--data wordnet``: a classifier of WordNet's 24 noun classes under MiniLM is trained for each seed, then asked to
+forget ``plant``, ``animal``, ``food`` or ``substance``, each a close neighbour of another, and all four one after
+another. ``--data fashion``: one of five classes of Fashion-MNIST, under a small vision transformer that is pretrained
+here on the other five, forgets three of them.
+
+Ways to forget have a replay buffer of 30 examples a class and the same number of steps; each chooses among three
+settings on the validation split, by the mean of H over two requests of seed 0. The oracle trains anew on everything but
+the class.
 
 Reported on the test split, with the head's rows kept, as the paper measures, and after their removal:
 ``acc_retain``, ``acc_forget``, ``acc_forgotten_earlier`` and H; for single requests of seed 0 also membership
@@ -24,7 +28,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from forgetting_methods import LEARNED, METHODS, REPLAY, RETRAINED, SEQUENCE, STEPS, Bench, Result, forget
+from continual_streams import FASHION
+from forgetting_data import Material, glosses, pictures
+from forgetting_methods import LEARNED, METHODS, REPLAY, RETRAINED, STEPS, Bench, Result, forget
 from forgetting_tables import report
 from strategies import keep_run, read_runs
 
@@ -42,10 +48,9 @@ from pomona.continual.verification import (
 )
 from pomona.forget_settings import ForgetSettings
 
-OUT = Path(__file__).parent / "results" / "forgetting.json"
-CHOSEN_ON = ("plant", "food")
+RESULTS = Path(__file__).parent / "results"
+FILES = {"wordnet": "forgetting.json", "fashion": "forgetting-fashion.json"}
 FEW = 4
-MISSING = ("person", "body", "time", "group", "artifact")
 PROBED = 40  # examples of each class that a probe is fitted on
 
 
@@ -66,13 +71,14 @@ class Piece:
 
 def measure(bench: Bench, piece: Piece) -> list[dict[str, object]]:
     """Return one row for each request of a piece."""
-    requests = SEQUENCE if piece.stage == "sequence" else (piece.request,)
+    requests, missing = bench.material.requests, bench.material.missing
+    requests = requests if piece.stage == "sequence" else (piece.request,)
     held_out = bench.validation if piece.stage == "choice" else bench.test
     replay = bench.replay
     if piece.stage == "few-shot":
         replay = few_of_each(replay, FEW, seed=bench.seed)
     if piece.stage == "missing":
-        replay = replay.subset(~bench.of(replay, MISSING))
+        replay = replay.subset(~bench.of(replay, missing))
     classifier, earlier = bench.classifier, list[str]()
     _features, logits = bench.logits(classifier, held_out)
     before = _accuracies(bench, classifier, logits, held_out)
@@ -83,7 +89,7 @@ def measure(bench: Bench, piece: Piece) -> list[dict[str, object]]:
         after, scored = _scores(bench, result, held_out, before, request, earlier)
         rows.append({**row, **scored})
         if piece.stage == "missing":
-            rows[-1]["acc_missing"] = float(np.mean([after[name] for name in MISSING]))
+            rows[-1]["acc_missing"] = float(np.mean([after[name] for name in missing]))
         if piece.stage == "single" and bench.seed == 0:
             rows[-1]["verification"] = verify(bench, result, request, before[request])
         classifier, before = result.kept, after
@@ -153,9 +159,9 @@ def check(bench: Bench) -> None:
     """Refuse to measure where an edit is not what it promises."""
     digest = bench.encoder.digest()
     before = {name: (each.a.clone(), each.b.clone()) for name, each in bench.classifier.adapters[0].items()}
-    settings = ForgetSettings(steps=2)
+    settings, request = ForgetSettings(steps=2), bench.material.requests[0]
     one, again = (
-        forget_classes(bench.encoder, bench.classifier, bench.replay, ["plant"], settings=settings, seed=0)
+        forget_classes(bench.encoder, bench.classifier, bench.replay, [request], settings=settings, seed=0)
         for _ in range(2)
     )
     same = all(torch.equal(one.adapter[n].b, again.adapter[n].b) and bool(one.adapter[n].b.any()) for n in one.adapter)
@@ -165,33 +171,33 @@ def check(bench: Bench) -> None:
     )
     projection, targets = random_projection(bench.encoder.width, 200, seed=0), bench.replay.targets
     features = bench.encoder.all_features(bench.replay.states)
-    plant, classes = bench.names.index("plant"), len(bench.names)
-    out = targets == plant
+    gone, classes = bench.names.index(request), len(bench.names)
+    out = targets == gone
     sums = ridge_sums(features, targets, projection=projection, classes=classes)
-    never = ridge_sums(features[~out], targets[~out], projection=projection, classes=classes).without([plant])
-    left = subtract_classes(sums, features[out], targets[out], [plant], projection=projection)
+    never = ridge_sums(features[~out], targets[~out], projection=projection, classes=classes).without([gone])
+    left = subtract_classes(sums, features[out], targets[out], [gone], projection=projection)
     exact = torch.allclose(left.total.gram, never.total.gram, rtol=1e-9, atol=1e-9)
     if not (same and untouched and exact):
         raise SystemExit(f"wrong, so not measured: same bytes {same}, untouched {untouched}, exact sums {exact}")
 
 
-def pieces(seeds: Sequence[int], out: Path) -> Iterator[Piece]:
+def pieces(seeds: Sequence[int], out: Path, material: Material) -> Iterator[Piece]:
     """Yield what is to be measured, the choice of settings first; what follows depends on it."""
-    for request in CHOSEN_ON:
+    for request in material.chosen_on:
         for method, way in METHODS.items():
             for choice in range(len(way.grid)):
                 yield Piece("choice", method, 0, request, choice)
     chosen = chosen_settings(out) | dict.fromkeys(RETRAINED, 0)
     order = ["retrain (oracle)", "GS-LoRA", "GS-LoRA++", "retrain on replay", *METHODS]
     for seed in seeds:
-        for stage, requests in (("single", SEQUENCE), ("sequence", ("all",))):
+        for stage, requests in (("single", material.requests), ("sequence", ("all",))):
             for method in dict.fromkeys(order):
                 for request in requests:
                     yield Piece(stage, method, seed, request, chosen[method])
     for seed in seeds:
         for stage in ("few-shot", "missing"):
             for method in ("GS-LoRA", "GS-LoRA++", "LwF", "retrain on replay"):
-                yield Piece(stage, method, seed, "plant", chosen[method])
+                yield Piece(stage, method, seed, material.requests[0], chosen[method])
 
 
 def chosen_settings(out: Path) -> dict[str, int]:
@@ -216,23 +222,33 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=[*METHODS, *RETRAINED], default=[*METHODS, *RETRAINED])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--report", action="store_true", help="measure nothing")
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--data", choices=list(FILES), default="wordnet")
+    parser.add_argument("--fashion", type=Path, default=FASHION, help="folder of Fashion-MNIST's files")
+    parser.add_argument("--encoders", type=Path, default=Path("build/encoders"), help="where pretrained ViTs are kept")
+    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    benches: dict[int, Bench] = {}
+    out = options.out or RESULTS / FILES[options.data]
     if not options.report:
-        for piece in pieces(options.seeds, options.out):
-            if piece.method not in options.methods:
-                continue
-            if any(all(run[k] == v for k, v in piece.facts().items()) for run in read_runs(options.out)):
-                continue
-            if piece.seed not in benches:
-                benches = {piece.seed: Bench(piece.seed)}
-                check(benches[piece.seed])
-            size = {"steps": STEPS, "learned": LEARNED, "replay": REPLAY}
-            keep_run(options.out, {**piece.facts(), **size, "rows": measure(benches[piece.seed], piece)})
-            print(time.strftime("%H:%M:%S", time.gmtime()), piece, flush=True)
-    report(options.out)
+        material = glosses() if options.data == "wordnet" else pictures(options.encoders, options.fashion)
+        run(options, out, material)
+    report(out)
+
+
+def run(options: argparse.Namespace, out: Path, material: Material) -> None:
+    """Measure what is missing, and write each piece down."""
+    benches: dict[int, Bench] = {}
+    for piece in pieces(options.seeds, out, material):
+        if piece.method not in options.methods:
+            continue
+        if any(all(run[k] == v for k, v in piece.facts().items()) for run in read_runs(out)):
+            continue
+        if piece.seed not in benches:
+            benches = {piece.seed: Bench(piece.seed, material)}
+            check(benches[piece.seed])
+        size = {"steps": STEPS, "learned": LEARNED, "replay": REPLAY}
+        keep_run(out, {**piece.facts(), **size, "rows": measure(benches[piece.seed], piece)})
+        print(time.strftime("%H:%M:%S", time.gmtime()), piece, flush=True)
 
 
 def _accuracies(bench: Bench, classifier: Classifier, logits: torch.Tensor, held_out: Examples) -> dict[str, float]:

@@ -7,9 +7,9 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from forgetting_data import Material
 from torch import Tensor
 
-from pomona.base_model import find_base_model
 from pomona.continual.editing import Classifier, Examples, few_of_each
 from pomona.continual.encoder import FrozenEncoder
 from pomona.continual.erasure import without_rows
@@ -19,15 +19,11 @@ from pomona.continual.forget_baselines.retrain import RetrainSettings, retrain_w
 from pomona.continual.forget_baselines.scrub import ScrubSettings, forget_by_scrubbing
 from pomona.continual.forget_baselines.wrong_labels import WrongLabelSettings, forget_by_wrong_labels
 from pomona.continual.forgetting import Forgotten, forget_classes
-from pomona.datasets import Split, class_names, load_dataset
 from pomona.forget_settings import EditSettings, ForgetSettings
 from pomona.mos_settings import LoopSettings
 
-BLOCKS = 3  # adapted ones, from the top: the others' states are computed once, for all methods alike
-MAX_LENGTH = 32
 LEARNED = 150  # examples of each class that the classifier, and the oracle, learn from
 REPLAY = 30  # of them, examples of each class that are at hand when a request comes
-SEQUENCE = ("plant", "food", "animal", "substance")  # two pairs of close neighbours
 TRAINING = RetrainSettings()
 REPLAY_TRAINING = RetrainSettings(training=LoopSettings(epochs=6, min_steps=100, learning_rate=2e-3))
 STEPS = 80
@@ -44,9 +40,9 @@ class Method:
     grid: tuple[Mapping[str, Any], ...]
     fixed: Mapping[str, Any]
 
-    def configured(self, choice: int) -> EditSettings:
+    def configured(self, choice: int, *, rank: int) -> EditSettings:
         """Return one setting of the grid."""
-        return self.settings.model_validate({"steps": STEPS, **self.fixed, **self.grid[choice]})
+        return self.settings.model_validate({"steps": STEPS, "rank": rank, **self.fixed, **self.grid[choice]})
 
 
 _BOUNDS = ({"beta": 0.3, "margin": 3.0}, {"beta": 1.0, "margin": 3.0}, {"beta": 0.3, "margin": 1.0})
@@ -86,39 +82,40 @@ RETRAINED = ("retrain on replay", "retrain (oracle)")
 
 @dataclass(frozen=True)
 class Bench:
-    """WordNet nouns under MiniLM, and a classifier of all 24 classes for each seed."""
+    """Some material, and a classifier of all its classes for each seed."""
 
     seed: int
+    material: Material
 
-    @cached_property
+    @property
     def encoder(self) -> FrozenEncoder:
         """The base model."""
-        return FrozenEncoder(find_base_model("all-minilm-l6-v2"), adapted_blocks=BLOCKS)
+        return self.material.encoder
 
-    @cached_property
+    @property
     def names(self) -> tuple[str, ...]:
         """All classes."""
-        return class_names(load_dataset("wordnet-nouns", split=None))
+        return self.material.names
 
     @cached_property
     def learned(self) -> Examples:
         """What the classifier learned from."""
-        return few_of_each(self._part("train"), LEARNED, seed=self.seed)
+        return few_of_each(self.material.examples["train"], LEARNED, seed=self.seed)
 
     @cached_property
     def replay(self) -> Examples:
         """What is at hand of it when a request comes."""
         return few_of_each(self.learned, REPLAY, seed=self.seed + 1)
 
-    @cached_property
+    @property
     def validation(self) -> Examples:
         """What settings are chosen on."""
-        return self._part("validation")
+        return self.material.examples["validation"]
 
-    @cached_property
+    @property
     def test(self) -> Examples:
         """What is reported on."""
-        return self._part("test")
+        return self.material.examples["test"]
 
     @cached_property
     def classifier(self) -> Classifier:
@@ -134,11 +131,6 @@ class Bench:
         features = self.encoder.all_features(examples.states, classifier.adapters[0])
         with torch.no_grad():
             return features, classifier.logits(features)
-
-    def _part(self, split: Split) -> Examples:
-        rows = load_dataset("wordnet-nouns", split=split)
-        states = self.encoder.of_texts(rows.texts, max_length=MAX_LENGTH)
-        return Examples(states, torch.tensor([self.names.index(label) for label in rows.labels]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,10 +173,11 @@ def forget(
         way = METHODS[method]
         found = way.edit(
             bench.encoder, classifier, available, request,
-            settings=way.configured(choice), seed=bench.seed + len(earlier),
+            settings=way.configured(choice, rank=bench.material.rank), seed=bench.seed + len(earlier),
         )  # fmt: skip
         kept, removed = found.classifier, without_rows(found.classifier, gone)
         trained = sum(each.numel() for factors in found.adapter.values() for each in (factors.a, factors.b))
         facts = {"groups_total": found.groups_total, "groups_changed": list(found.groups_changed)}
     times = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu}
-    return Result(kept, removed, {**facts, **times, "trained_parameters": trained})
+    trains = {"trained_parameters": trained, "parameters": bench.encoder.parameter_count}
+    return Result(kept, removed, {**facts, **times, **trains})

@@ -103,6 +103,11 @@ class FrozenEncoder:
         self._check_split(path)
 
     @property
+    def parameter_count(self) -> int:
+        """Numbers that the encoder has, none of which is trained."""
+        return sum(each.numel() for each in self._model.parameters())
+
+    @property
     def takes_images(self) -> bool:
         """Whether it reads images rather than texts."""
         return self._model.main_input_name == "pixel_values"
