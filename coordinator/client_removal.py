@@ -29,7 +29,8 @@ from pomona.coordinator.replay import Replay, weights_of
 from pomona.coordinator.round_loop import exactness_of
 from pomona.errors import AdapterNotFound, BaseModelError, BlobCorrupt, ConfigError, DataError, NotEnoughClients
 from pomona.storage.certificates import Certificate, NewCertificate
-from pomona.storage.records import Exactness, NewLearned, Parent, Run, Version
+from pomona.storage.learned import NewLearned
+from pomona.storage.records import Exactness, Parent, Run, Version
 from pomona.storage.registry import Registry
 
 _IMPOSSIBLE = (AdapterNotFound, BaseModelError, BlobCorrupt, ConfigError, DataError, NotEnoughClients)

@@ -15,7 +15,8 @@ from pomona.continual.verification import Assessment, assess
 from pomona.coordinator.increments import encode_increment
 from pomona.coordinator.memory import Memory, feature_adapter, recipe, state_of
 from pomona.storage.certificates import NewCertificate
-from pomona.storage.records import ClosedRound, NewLearned, Parent, Version
+from pomona.storage.learned import ClosedRound, NewLearned
+from pomona.storage.records import Parent, Version
 from pomona.storage.registry import Registry
 
 METHOD = "gs-lora"

@@ -38,7 +38,8 @@ from pomona.coordinator.task_scores import Rows, encoded, stream_metrics, task_a
 from pomona.datasets import Dataset
 from pomona.errors import VersionConflict
 from pomona.failpoints import reach
-from pomona.storage.records import NewLearned, Parent
+from pomona.storage.learned import NewLearned
+from pomona.storage.records import Parent
 from pomona.storage.registry import Registry, check_name
 
 Show = Callable[["Learned"], None]

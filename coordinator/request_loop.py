@@ -33,7 +33,8 @@ from pomona.errors import ConfigError, DataError, NotEnoughClients, UpdateReject
 from pomona.failpoints import reach
 from pomona.logs import bind
 from pomona.protocol import EDIT, EditRequest, EditStage
-from pomona.storage.records import ClosedRound, Version
+from pomona.storage.learned import ClosedRound
+from pomona.storage.records import Version
 
 
 @dataclass(slots=True, kw_only=True)

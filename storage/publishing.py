@@ -14,8 +14,9 @@ from pomona.failpoints import reach
 from pomona.storage import audit, certificates, rounds, versions
 from pomona.storage import tables as t
 from pomona.storage.certificates import NewCertificate
+from pomona.storage.learned import ClosedRound, NewLearned
 from pomona.storage.quarantine import quarantine
-from pomona.storage.records import ClosedRound, NewImport, NewLearned, NewVersion, Parent, ParentKind, Version
+from pomona.storage.records import NewImport, NewVersion, Parent, ParentKind, Version
 from pomona.storage.rounds import REASON_LENGTH
 from pomona.storage.values import json_value, metrics, real, text
 

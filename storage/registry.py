@@ -26,13 +26,13 @@ from pomona.storage import (
 )
 from pomona.storage.certificates import Certificate, NewCertificate
 from pomona.storage.engine import SessionLock, copy_database, writing
+from pomona.storage.learned import NewLearned
 from pomona.storage.quarantine import quarantine
 from pomona.storage.reader import RegistryReader, Result
 from pomona.storage.records import (
     Client,
     LedgerEntry,
     NewImport,
-    NewLearned,
     NewSubmission,
     NewVersion,
     Reservation,

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from pomona.coordinator.increments import NOTHING, State, apply_increment, collect, encode_increment
 from pomona.errors import PayloadError
+from pomona.storage.learned import NewLearned
 from pomona.storage.opening import open_registry
-from pomona.storage.records import NewLearned, Parent
+from pomona.storage.records import Parent
 from pomona.storage.registry import Registry
 
 NAMES = st.sampled_from(["head.weight", "tasks.1.a", "tasks.1.b", "classes.plant.total"])

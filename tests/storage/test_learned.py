@@ -16,8 +16,9 @@ from pomona.storage.certificates import NewCertificate
 from pomona.storage.collection import collect_garbage
 from pomona.storage.engine import writing
 from pomona.storage.export import export_peft
+from pomona.storage.learned import NewLearned
 from pomona.storage.opening import open_registry
-from pomona.storage.records import NewLearned, Parent, Version
+from pomona.storage.records import Parent, Version
 from pomona.storage.registry import Registry
 from pomona.storage.verification import verify
 
