@@ -10,6 +10,8 @@ from pomona.coordinator import membership, replies
 from pomona.datasets import load_dataset, write_jsonl
 
 if TYPE_CHECKING:
+    from tests.coordinator.grid import MakeNodes, Node, Tamper
+
     from pomona.coordinator.learning import LearnRequest
 
 
@@ -20,6 +22,20 @@ def quick_polls(flower_task: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("POMONA_REGISTRY_URL", raising=False)
     monkeypatch.setattr(replies, "_POLL_S", 0.01)
     monkeypatch.setattr(membership, "_JOIN_POLL_S", 0.01)
+
+
+@pytest.fixture
+def make_nodes(tiny_bert: Path, toy_data: Path) -> "MakeNodes":
+    """Return a maker of clients among whom the training rows are spread: row ``i`` is of ``owner(i, label)``."""
+    from tests.coordinator.grid import nodes_of
+
+    rows = load_dataset(toy_data, split="train")
+
+    def make(count: int, owner: Callable[[int, str], int] | None = None, **tampers: "Tamper") -> "list[Node]":
+        owners = [owner(i, label) if owner else i % count for i, label in enumerate(rows.labels)]
+        return nodes_of(rows, tiny_bert, owners, count, **tampers)
+
+    return make
 
 
 @pytest.fixture(scope="session")

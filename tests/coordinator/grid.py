@@ -1,15 +1,21 @@
 """A grid in one process whose nodes are real trainers and can misbehave."""
 
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from flwr.app import Error, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run as FlowerRun
+from safetensors.torch import load, save
+from torch import Tensor
 
 from pomona.client.trainer import Profile, Trainer
+from pomona.datasets import Dataset
 from pomona.messages import pack, unpack
 from pomona.protocol import ADVERTISE, EDIT, ENROL, MASK, SHARE, SUMS, TASK, TELL, UNMASK, Exclusion, TrainRequest
 
@@ -19,6 +25,9 @@ Answer = tuple[str, str, bytes]
 Reply = Answer | Error | RecordDict | Exception | None
 """An answer, Flower's own error, other content, what Flower raises over unreadable bytes, or silence."""
 Tamper = Callable[[str, Answer], Reply]
+Change = Callable[[dict[str, Tensor], dict[str, object]], object]
+"""Writes into the tensors and the facts of a payload of a task or of a request to forget."""
+MakeNodes = Callable[..., list["Node"]]
 
 
 def honest(_request: str, answer: Answer) -> Reply:
@@ -64,6 +73,34 @@ class Node:
             return self.learns(message.metadata.message_type, answer)
         self.asked.append((TrainRequest.model_validate_json(request), payload))
         return self.trains(request, answer)
+
+
+def nodes_of(rows: Dataset, model: Path, owners: Sequence[int], count: int, **tampers: Tamper) -> list[Node]:
+    """Return clients among whom rows are spread: row ``i`` is of client ``owners[i]``, who may tamper."""
+
+    def profile(number: int) -> Profile:
+        mine = rows.subset([i for i, each in enumerate(owners) if each == number])
+        return Profile(name=f"client-{number}", rank=4, load_data=lambda _task: mine, model_folder=str(model))
+
+    nodes = [Node(profile(number)) for number in range(count)]
+    for name, tamper in tampers.items():
+        nodes[int(name.removeprefix("client_"))].learns = tamper
+    return nodes
+
+
+def facts_of(payload: bytes) -> dict[str, Any]:
+    """Return what a payload of a task or of a request states beside its tensors."""
+    size = int.from_bytes(payload[:8], "little")
+    facts: dict[str, Any] = json.loads(json.loads(payload[8 : 8 + size])["__metadata__"]["pomona"])
+    return facts
+
+
+def rewritten(answer: Answer, change: Change) -> Answer:
+    """Return an answer whose payload was changed."""
+    name, record, payload = answer
+    tensors, facts = dict(load(payload)), facts_of(payload)
+    change(tensors, facts)
+    return name, record, save(tensors, {"pomona": json.dumps(facts)})
 
 
 class InProcessGrid(Grid):

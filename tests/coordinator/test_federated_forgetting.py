@@ -1,6 +1,5 @@
 """Classes forgotten by clients together, in one process: what comes of it is what forgetting at one place gives."""
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -8,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load, save
 from tests.conftest import write_tiny_bert
-from tests.coordinator.grid import Answer, InProcessGrid, Node, Reply, Tamper
+from tests.coordinator.grid import Answer, InProcessGrid, MakeNodes, Node, Reply, Tamper, facts_of, rewritten
 from torch import Tensor
 
-from pomona.client.trainer import Profile, Trainer
+from pomona.client.trainer import Trainer
 from pomona.coordinator import request_loop
 from pomona.coordinator.beginning import begin_run
 from pomona.coordinator.client_removal import remove_client
@@ -37,7 +36,6 @@ SHORT = ForgetSettings(rank=2, steps=4)
 ALL_ROWS = SHORT.model_copy(update={"batch_size": 1000, "forget_batch_size": 1000, "sparsity": 0.0})
 
 MakeSettings = Callable[..., RunSettings]
-MakeNodes = Callable[..., list[Node]]
 
 
 @pytest.fixture
@@ -59,26 +57,6 @@ def make_settings(tiny_bert: Path) -> MakeSettings:
                 **more,
             }
         )
-
-    return make
-
-
-@pytest.fixture
-def make_nodes(tiny_bert: Path, toy_data: Path) -> MakeNodes:
-    """Return a maker of clients among whom the rows are spread: row ``i`` is of client ``owner(i, label)``."""
-    rows = load_dataset(toy_data, split="train")
-
-    def make(count: int, owner: Callable[[int, str], int] | None = None, **tampers: Tamper) -> list[Node]:
-        owners = [owner(i, label) if owner else i % count for i, label in enumerate(rows.labels)]
-
-        def profile(number: int) -> Profile:
-            mine = rows.subset([i for i, each in enumerate(owners) if each == number])
-            return Profile(name=f"client-{number}", rank=4, load_data=lambda _task: mine, model_folder=str(tiny_bert))
-
-        nodes = [Node(profile(number)) for number in range(count)]
-        for name, tamper in tampers.items():
-            nodes[int(name.removeprefix("client_"))].learns = tamper
-        return nodes
 
     return make
 
@@ -109,7 +87,7 @@ def at(stage: str, change: Callable[[Answer], Reply], *, number: int = 0) -> Tam
     def tamper(_kind: str, answer: Answer) -> Reply:
         if not answer[2]:
             return answer
-        facts = json.loads(_facts(answer[2]))
+        facts = facts_of(answer[2])
         found = {"edit-gradients/1": "step", "edit-moves/1": "moves", "edit-scores/1": "end"}[facts["format"]]
         late = facts["number"] >= number if stage != "end" else facts["number"] > 0
         return change(answer) if found == stage and late else answer
@@ -117,29 +95,12 @@ def at(stage: str, change: Callable[[Answer], Reply], *, number: int = 0) -> Tam
     return tamper
 
 
-def _facts(payload: bytes) -> str:
-    size = int.from_bytes(payload[:8], "little")
-    return str(json.loads(payload[8 : 8 + size])["__metadata__"]["pomona"])
-
-
 def with_tensors(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Answer], Reply]:
-    def changed(answer: Answer) -> Reply:
-        tensors = dict(load(answer[2]))
-        change(tensors)
-        return answer[0], answer[1], save(tensors, {"pomona": _facts(answer[2])})
-
-    return changed
+    return lambda answer: rewritten(answer, lambda tensors, _facts: change(tensors))
 
 
 def with_facts(**values: object) -> Callable[[Answer], Reply]:
-    def changed(answer: Answer) -> Reply:
-        return (
-            answer[0],
-            answer[1],
-            save(load(answer[2]), {"pomona": json.dumps(json.loads(_facts(answer[2])) | values)}),
-        )
-
-    return changed
+    return lambda answer: rewritten(answer, lambda _tensors, facts: facts.update(values))
 
 
 def test_one_client_with_all_rows_gives_the_version_of_one_place(

@@ -1,19 +1,17 @@
 """Tasks whose data are spread over clients, in one process: what comes of them is what central learning gives."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load, save
-from tests.coordinator.grid import Answer, InProcessGrid, Node, Reply, Tamper
+from safetensors.torch import load
+from tests.coordinator.grid import Answer, Change, InProcessGrid, MakeNodes, Reply, Tamper, facts_of, rewritten
 from tests.coordinator.things import Write
 from torch import Tensor
 from torch.testing import assert_close
 
-from pomona.client.trainer import Profile
 from pomona.continual.encoder import FrozenEncoder
 from pomona.continual.knowledge import nothing_known
 from pomona.continual.learner import TaskData
@@ -44,7 +42,6 @@ RUN = "run-1"
 MOS = {"rank": 2, "training": {"epochs": 1, "min_steps": 8}}
 
 MakeSettings = Callable[..., RunSettings]
-MakeNodes = Callable[..., list[Node]]
 
 
 @pytest.fixture
@@ -67,26 +64,6 @@ def make_settings(tiny_bert: Path, toy_data: Path) -> MakeSettings:
                 **sections,
             }
         )
-
-    return make
-
-
-@pytest.fixture
-def make_nodes(tiny_bert: Path, toy_data: Path) -> MakeNodes:
-    """Return a maker of clients among whom the training rows are spread: row ``i`` is of client ``owner(i, label)``."""
-    train = load_dataset(toy_data, split="train")
-
-    def make(count: int, owner: Callable[[int, str], int] | None = None, **tampers: Tamper) -> list[Node]:
-        owners = [owner(i, label) if owner else i % count for i, label in enumerate(train.labels)]
-
-        def profile(number: int) -> Profile:
-            mine = train.subset([i for i, each in enumerate(owners) if each == number])
-            return Profile(name=f"client-{number}", rank=4, load_data=lambda _task: mine, model_folder=str(tiny_bert))
-
-        nodes = [Node(profile(number)) for number in range(count)]
-        for name, tamper in tampers.items():
-            nodes[int(name.removeprefix("client_"))].learns = tamper
-        return nodes
 
     return make
 
@@ -224,23 +201,13 @@ def test_clients_learn_nothing_of_each_other_but_adapters(
 # Clients that lie
 
 
-Change = Callable[[dict[str, Tensor], dict[str, object]], object]
-
-
 def changed(kind: str, change: Change, *, task: int = 1) -> Tamper:
     """Change what a client answers to one kind of request about a task."""
 
     def tamper(message_type: str, answer: Answer) -> Reply:
-        name, record, payload = answer
-        if message_type != kind or name == "nothing":
+        if message_type != kind or answer[0] == "nothing" or facts_of(answer[2])["task_number"] != task:
             return answer
-        size = int.from_bytes(payload[:8], "little")
-        facts = json.loads(json.loads(payload[8 : 8 + size])["__metadata__"]["pomona"])
-        if facts["task_number"] != task:
-            return answer
-        tensors = dict(load(payload))
-        change(tensors, facts)
-        return name, record, save(tensors, {"pomona": json.dumps(facts)})
+        return rewritten(answer, change)
 
     return tamper
 
