@@ -22,11 +22,13 @@ import torch
 from torch import Tensor
 
 from pomona.adapters import LoraFactors
-from pomona.continual.editing import AfterStep, Classifier, Examples, Loss, endless_rows, step_of, trainable_adapter
+from pomona.continual.editing import Classifier, Examples, Loss, endless_rows, step_of, trainable_adapter
 from pomona.continual.encoder import Adapter, FrozenEncoder
 from pomona.errors import ConfigError, DataError
 from pomona.forget_settings import EditSettings
 from pomona.seeds import seed_of
+
+AfterStep = Callable[[int, float, Adapter], Adapter]
 
 _BETAS, _EPSILON = (0.9, 0.999), 1e-8
 
@@ -184,7 +186,7 @@ def advance(
         state: Before; is not changed.
         shares: Of the owners.
         settings: Steps and learning rate, which falls along a cosine.
-        after_step: Given the step's number, its learning rate and the factors, which it may change.
+        after_step: Given the step's number, its learning rate and the factors, returns what to go on with.
 
     Raises:
         DataError: Nobody has rows to retain, or nobody has rows to forget.
@@ -209,10 +211,8 @@ def advance(
         for name, each in state.adapter.items()
     }
     adapter, first, second = ({name: parts[i] for name, parts in moved.items()} for i in range(3))
-    if after_step is not None:
-        after_step(state.number, rate, adapter)
-        adapter = {name: LoraFactors(a=f.a.detach(), b=f.b.detach(), scale=f.scale) for name, f in adapter.items()}
-    return EditState(state.number + 1, adapter, first, second, (*state.losses, loss))
+    left = adapter if after_step is None else after_step(state.number, rate, adapter)
+    return EditState(state.number + 1, left, first, second, (*state.losses, loss))
 
 
 def _by_kind(shares: Sequence[GradientShare]) -> tuple[list[Gradient | None], list[Gradient | None]]:

@@ -1,12 +1,13 @@
-"""Edit what a classifier knows with a fresh adapter over those it has: the loop that every way to forget shares.
+"""Edit what a classifier knows with a fresh adapter over those it has: what every way to forget shares.
 
 ::
 
     W = W_0 + [B_1 ... B_n  B] [A_1; ...; A_n; A]         B = 0 at first; only B and A are trained
 
 Neither the base model nor an earlier adapter is written: the fresh factors are stacked on theirs, so the edit can be
-kept, shown or taken away as one more adapter, and the next edit is stacked on this one. Methods differ in their loss,
-and in nothing else.
+kept, shown or taken away as one more adapter, and the next edit is stacked on this one. Methods differ in their loss.
+:func:`edit` trains the ones that GS-LoRA is compared with. GS-LoRA takes the same steps on the same rows in rounds
+(:mod:`pomona.continual.edit_rounds`), so that its examples may be spread over owners.
 """
 
 import math
@@ -140,7 +141,6 @@ class Step:
 
 
 Loss = Callable[[Step], Tensor]
-AfterStep = Callable[[int, float, Adapter], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,12 +243,6 @@ def features_of(encoder: FrozenEncoder, classifier: Classifier, examples: Exampl
     return _by_route(classifier.routed(examples.targets), len(classifier.adapters), lambda position, chosen: (
         encoder.all_features(examples.states.subset(chosen), classifier.adapters[position])
     ))  # fmt: skip
-
-
-def logits_of(encoder: FrozenEncoder, classifier: Classifier, states: States) -> Tensor:
-    """Return logits ``(examples, classes)`` without gradient, under the first adapter."""
-    with torch.no_grad():
-        return classifier.logits(encoder.all_features(states, classifier.adapters[0]))
 
 
 def step_of(

@@ -14,8 +14,8 @@ Two things are relative here that the papers state as figures for their own head
 between examples and the prototypes of other classes.
 
 An edit that lowers an accuracy is *behavioural*: the classifier stops telling the class, which does not show that its
-examples left no trace. :mod:`pomona.continual.verification` looks for traces, and :mod:`pomona.continual.erasure`
-removes the class from where it is stored rather than learned.
+examples left no trace. :mod:`pomona.continual.verification` looks for traces, and
+:meth:`pomona.continual.knowledge.Knowledge.without` removes the class from where it is stored rather than learned.
 """
 
 import math
@@ -209,9 +209,10 @@ def _forgetting(step: Step, *, settings: ForgetSettings, prototypes: _Prototypes
     return loss + settings.push * relu(prototypes.bound - away)
 
 
-def _shrink(number: int, learning_rate: float, adapter: Adapter, *, settings: ForgetSettings) -> None:
-    if settings.sparsity and number >= settings.warm_up * settings.steps:
-        shrink_groups(adapter, strength=settings.sparsity, learning_rate=learning_rate)
+def _shrink(number: int, learning_rate: float, adapter: Adapter, *, settings: ForgetSettings) -> Adapter:
+    if not settings.sparsity or number < settings.warm_up * settings.steps:
+        return adapter
+    return shrink_groups(adapter, strength=settings.sparsity, learning_rate=learning_rate)
 
 
 def _prototypes(

@@ -42,11 +42,6 @@ def groups_of(layers: Iterable[str]) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def group_norms(adapter: Mapping[str, LoraFactors]) -> dict[str, float]:
-    """Return the Frobenius norm over all factors of each block."""
-    return {group: float(_norm(_factors(adapter, layers))) for group, layers in groups_of(adapter).items()}
-
-
 def changed_groups(adapter: Mapping[str, LoraFactors]) -> tuple[str, ...]:
     """Return the blocks whose update is not exactly zero, that is where some layer has neither factor zero."""
     return tuple(
@@ -56,27 +51,29 @@ def changed_groups(adapter: Mapping[str, LoraFactors]) -> tuple[str, ...]:
     )
 
 
-@torch.no_grad()
-def shrink_groups(adapter: Mapping[str, LoraFactors], *, strength: float, learning_rate: float) -> None:
-    """Take the proximal step in place, on every block by itself.
+def shrink_groups(
+    adapter: Mapping[str, LoraFactors], *, strength: float, learning_rate: float
+) -> dict[str, LoraFactors]:
+    """Return the factors after the proximal step on every block by itself; what is given is left as it is.
 
-    A block that is zero has no gradient and would stay zero, were it not for the optimiser's momentum; so its factors
-    are frozen.
+    A block that is zero has no gradient, but an optimiser's momentum would move it again: whoever steps on must leave
+    it out.
 
     Args:
         adapter: Factors in training.
         strength: ``lambda``; 0 changes nothing, and from about 1 on no group can grow under Adam.
         learning_rate: Of the step that was just taken.
     """
+    kept = {}
     for layers in groups_of(adapter).values():
         factors = _factors(adapter, layers)
         threshold = learning_rate * strength * math.sqrt(sum(each.numel() for each in factors))
         norm = float(_norm(factors))
-        kept = max(0.0, 1.0 - threshold / norm) if norm > 0 else 0.0
-        for each in factors:
-            each.mul_(kept)
-            if kept == 0.0 and strength > 0:
-                each.requires_grad_(False)
+        kept |= dict.fromkeys(layers, max(0.0, 1.0 - threshold / norm) if norm > 0 else 0.0)
+    return {
+        layer: LoraFactors(a=each.a.detach() * kept[layer], b=each.b.detach() * kept[layer], scale=each.scale)
+        for layer, each in adapter.items()
+    }
 
 
 def _factors(adapter: Mapping[str, LoraFactors], layers: Iterable[str]) -> list[Tensor]:

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pomona.continual.editing import Classifier, Examples, logits_of
-from pomona.continual.encoder import Adapter, FrozenEncoder
+from pomona.continual.editing import Classifier, Examples
+from pomona.continual.encoder import Adapter, FrozenEncoder, States
 from pomona.continual.forget_baselines.retrain import RetrainSettings, train_classifier
 from pomona.datasets import class_names, load_dataset
 from pomona.mos_settings import LoopSettings
@@ -35,6 +35,12 @@ class Taught:
             answers = logits_of(self.encoder, classifier, one.states).argmax(1).tolist()
             found[name] = sum(classifier.classes[answer] == name for answer in answers) / len(one)
         return found
+
+
+def logits_of(encoder: FrozenEncoder, classifier: Classifier, states: States) -> Tensor:
+    """Logits ``(examples, classes)`` without gradient, under the first adapter."""
+    with torch.no_grad():
+        return classifier.logits(encoder.all_features(states, classifier.adapters[0]))
 
 
 @cache

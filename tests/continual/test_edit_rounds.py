@@ -153,15 +153,14 @@ def test_blocks_that_each_owner_shrinks_are_not_zero_on_average() -> None:
             for block, size in enumerate((first, second))
         }
 
-    one, other = adapter(1.0, 0.1), adapter(0.1, 0.4)
-    for each in (one, other):
-        shrink_groups(each, strength=2.0, learning_rate=0.1)
+    one, other = (
+        shrink_groups(each, strength=2.0, learning_rate=0.1) for each in (adapter(1.0, 0.1), adapter(0.1, 0.4))
+    )
     assert [len(changed_groups(each)) for each in (one, other)] == [1, 1]
     mean = {name: LoraFactors(a=(one[name].a + other[name].a) / 2, b=(one[name].b + other[name].b) / 2) for name in one}
     assert len(changed_groups(mean)) == 2
     plain = adapter(0.55, 0.25)  # the mean of what the two had
-    shrink_groups(plain, strength=3.0, learning_rate=0.1)
-    assert changed_groups(plain) == ("bert.encoder.layer.0",)
+    assert changed_groups(shrink_groups(plain, strength=3.0, learning_rate=0.1)) == ("bert.encoder.layer.0",)
 
 
 def test_what_cannot_be_stepped_on_says_so(known: Taught) -> None:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.continual.taught import TRAINING, Taught, taught
+from tests.continual.taught import TRAINING, Taught, logits_of, taught
 
-from pomona.continual.editing import Examples, features_of, logits_of
+from pomona.continual.editing import Examples, features_of
 from pomona.continual.erasure import without_rows
 from pomona.continual.exactness import exactness_of
 from pomona.continual.forget_baselines.retrain import retrain_without
