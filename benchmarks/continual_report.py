@@ -12,6 +12,7 @@ from rich.console import Console
 from strategies import read_runs
 
 ORDERED = (MOS, "SLCA-style", "SimpleCIL", "sequential fine-tuning")  # the paper's order
+COMPARED = (MOS, "RanPAC", "RanPAC, first session", "MOS, normal distributions")  # with the default
 METHODS = (
     *(name for name in LEARNERS if name not in UPPER_BOUNDS),
     *(name for heads in MOS_GROUPS.values() for name in heads),
@@ -75,7 +76,7 @@ def _spread(runs: Sequence[Mapping[str, Any]], key: str) -> str:
 def _verdicts(runs: Runs) -> list[str]:
     """Say which pairs of the expected order hold: on average, and in how many runs of equal seed and order."""
     lines = []
-    for above, below in (*itertools.pairwise(ORDERED), ("MOS, default", MOS), ("MOS, default", "RanPAC")):
+    for above, below in (*itertools.pairwise(ORDERED), *(("MOS, default", name) for name in COMPARED)):
         pairs = _paired(runs, above, below)
         if pairs:
             gaps = [100 * (left - right) for left, right in pairs]

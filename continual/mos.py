@@ -26,7 +26,6 @@ stored means apart.
 import dataclasses
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from pomona.continual.alignment import aligned_head
@@ -117,10 +116,7 @@ def with_task(knowledge: Knowledge, task: TaskKnowledge) -> Knowledge:
     for label, kept in zip(task.classes, task.statistics, strict=True):
         if not kept.count:
             raise DataError(f"class {label!r} of task {task.number} has no examples")
-    head = LinearHead(
-        torch.cat([knowledge.head.weight, task.head.weight]), torch.cat([knowledge.head.bias, task.head.bias])
-    )
-    grown = dataclasses.replace(knowledge, tasks=(*knowledge.tasks, task), head=head)
+    grown = dataclasses.replace(knowledge, tasks=(*knowledge.tasks, task), head=knowledge.head.joined(task.head))
     return aligned(grown) if grown.settings.head == "aligned" and len(grown.tasks) > 1 else grown
 
 

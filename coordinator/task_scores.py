@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import torch
 
+from pomona.continual.answering import Answerer
 from pomona.continual.encoder import FrozenEncoder, States
 from pomona.continual.knowledge import Knowledge
 from pomona.continual.learner import accuracy
 from pomona.continual.metrics import AccuracyMatrix, average_accuracy, forgetting, last_accuracy
-from pomona.continual.mos import predict
 from pomona.continual.tasks import Task
 from pomona.coordinator.memory import StreamRecord
 from pomona.datasets import Dataset
@@ -32,11 +32,11 @@ def task_accuracies(
     encoder: FrozenEncoder, knowledge: Knowledge, tasks: Sequence[Task], test: Rows
 ) -> tuple[float, ...]:
     """Return the accuracy on each task, of the classes that are not forgotten."""
-    found = []
+    found, answerer = [], Answerer(encoder, knowledge)
     for task in tasks:
         places = [i for i, label in enumerate(test.labels) if label in task.classes and label in knowledge.classes]
         targets = torch.tensor([knowledge.classes.index(test.labels[i]) for i in places])
-        found.append(accuracy(predict(encoder, knowledge, test.states.subset(places)), targets) if places else 0.0)
+        found.append(accuracy(answerer.scores(test.states.subset(places)).argmax(1), targets) if places else 0.0)
     return tuple(found)
 
 
@@ -44,11 +44,11 @@ def told_again(
     encoder: FrozenEncoder, knowledge: Knowledge, forgotten: Sequence[str], task: Task, test: Rows
 ) -> dict[str, float]:
     """Return how often each class that was to be forgotten is told, of those with test rows; 0 is wanted."""
-    wanted = set(forgotten) - set(task.classes)
+    wanted, answerer = set(forgotten) - set(task.classes), Answerer(encoder, knowledge)
     found = {}
     for label in sorted(wanted & set(test.labels)):
         states = test.states.subset([i for i, each in enumerate(test.labels) if each == label])
-        answers = [knowledge.classes[place] for place in predict(encoder, knowledge, states).tolist()]
+        answers = [knowledge.classes[place] for place in answerer.scores(states).argmax(1).tolist()]
         found[label] = answers.count(label) / len(answers)
     return found
 

@@ -10,11 +10,13 @@ them. That is exact as long as features come from an encoder that was not traine
 given an adapter, and then who shaped that adapter is in every feature (RanPAC's first phase trains one on the first
 task; see :mod:`pomona.continual.baselines.first_session`).
 
-What is wrong with it: the Gram matrix takes ``dimensions^2`` float64 whatever is learned, 32 MB at 2,000, far more
-than an adapter, and solving takes ``dimensions^3``. The features never adapt.
+What is wrong with it: a Gram matrix takes ``dimensions^2`` float64 whatever is learned, 32 MB at 2,000, far more than
+an adapter, and there are two, since ``lambda`` is chosen by one over examples that were held out; solving takes
+``dimensions^3``. The features never adapt.
 
-Differs from the paper in what is held out to choose ``lambda`` (:func:`pomona.continual.heads.held_out`): there a
-random fifth of each task decides, so the order of tasks shows in the result.
+Differs from the paper in the number of random features, 10,000 there, and in what is held out to choose ``lambda``
+(:func:`pomona.continual.heads.held_out`): there a random fifth of each task decides, so the order of tasks shows in the
+result.
 
 Reference: McDonnell et al., RanPAC: random projections and pre-trained models for continual learning, NeurIPS 2023,
 eq. 5-9 (https://arxiv.org/abs/2307.02251).
