@@ -97,34 +97,33 @@ def apply_increment(before: State, payload: bytes, *, source: str) -> State:
     Raises:
         PayloadError: The bytes are no increment, or one on another state.
     """
-    try:
-        header = read_header(
-            payload, dtypes=_DTYPES.keys(), max_tensors=_MAX_TENSORS, max_header_bytes=_MAX_HEADER_BYTES
-        )
-        told = parse_object(header.metadata.get(_METADATA_KEY, "{}"), source="the metadata")
-    except PayloadError as error:
-        raise PayloadError(f"the bytes of {source} are nothing that was learned: {error}") from error
-    facts, removed = told.get("facts"), told.get("removed")
-    if told.get("format") != _FORMAT or not isinstance(facts, dict) or not isinstance(removed, list):
-        raise PayloadError(f"expected {source} to be of the format {_FORMAT}, got {told.get('format')!r}")
-    tensors = {**before.tensors, **_read(payload, header)}
-    after = State({name: tensor for name, tensor in tensors.items() if name not in set(removed)}, facts)
-    if told.get("before") != before.sha256() or told.get("sha256") != after.sha256():
-        raise PayloadError(f"{source} was learned on another version than its lineage says; `pomona registry verify`")
+    increment = _increment(payload, source)
+    after = increment.on(before)
+    if (increment.before, increment.sha256) != (before.sha256(), after.sha256()):
+        raise _on_another(source)
     return after
 
 
 def collect(registry: Registry, ref: str) -> State:
     """Return everything that a version knows, from the versions that it was learned on.
 
+    Each of them names the hash of the one before, and that of the last is computed: so the time it takes grows with the
+    tensors, and not with their number times that of the versions.
+
     Raises:
         AdapterNotFound: There is no such version.
         BlobCorrupt: The bytes of one are missing or were changed.
         PayloadError: One of them was not learned, or on another version than its lineage says.
     """
-    state = NOTHING
+    state, sha256, source = NOTHING, NOTHING.sha256(), ref
     for node in learned_on(registry.lineage(ref)):
-        state = apply_increment(state, registry.payload(node.version.ref), source=node.version.ref)
+        source = node.version.ref
+        increment = _increment(registry.payload(source), source)
+        if increment.before != sha256:
+            raise _on_another(source)
+        state, sha256 = increment.on(state), increment.sha256
+    if state.sha256() != sha256:
+        raise _on_another(source)
     return state
 
 
@@ -143,6 +142,40 @@ def learned_on(node: LineageNode) -> Sequence[LineageNode]:
             )
         chain.append(parents[0])
     return chain[::-1]
+
+
+@dataclass(frozen=True, slots=True)
+class _Increment:
+    """What a payload says."""
+
+    tensors: Mapping[str, Tensor]
+    facts: Mapping[str, object]
+    removed: frozenset[str]
+    before: object
+    sha256: object
+
+    def on(self, state: State) -> State:
+        kept = {**state.tensors, **self.tensors}
+        return State({name: tensor for name, tensor in kept.items() if name not in self.removed}, self.facts)
+
+
+def _increment(payload: bytes, source: str) -> _Increment:
+    try:
+        header = read_header(
+            payload, dtypes=_DTYPES.keys(), max_tensors=_MAX_TENSORS, max_header_bytes=_MAX_HEADER_BYTES
+        )
+        told = parse_object(header.metadata.get(_METADATA_KEY, "{}"), source="the metadata")
+    except PayloadError as error:
+        raise PayloadError(f"the bytes of {source} are nothing that was learned: {error}") from error
+    facts, removed = told.get("facts"), told.get("removed")
+    if told.get("format") != _FORMAT or not isinstance(facts, dict) or not isinstance(removed, list):
+        raise PayloadError(f"expected {source} to be of the format {_FORMAT}, got {told.get('format')!r}")
+    gone = frozenset(map(str, removed))
+    return _Increment(_read(payload, header), facts, gone, told.get("before"), told.get("sha256"))
+
+
+def _on_another(source: str) -> PayloadError:
+    return PayloadError(f"{source} was learned on another version than its lineage says; `pomona registry verify`")
 
 
 def _read(payload: bytes, header: PayloadHeader) -> dict[str, Tensor]:

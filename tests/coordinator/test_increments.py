@@ -72,9 +72,13 @@ def test_what_could_not_be_read_back_is_not_written(wrong: Tensor) -> None:
 
 
 def publish(registry: Registry, before: State, after: State, *, on: str | None) -> str:
+    return publish_bytes(registry, encode_increment(before, after), on=on)
+
+
+def publish_bytes(registry: Registry, payload: bytes, *, on: str | None) -> str:
     new = NewLearned(
         adapter="demo",
-        payload=encode_increment(before, after),
+        payload=payload,
         base_sha256="b" * 64,
         base_model="tiny",
         base_source="a test",
@@ -98,6 +102,50 @@ def test_a_registry_keeps_no_tensor_twice(tmp_path: Path) -> None:
         assert max(sizes) < 1.02 * min(sizes)
         assert collect(registry, "demo/4").facts == {"tasks": 4}
         assert sorted(collect(registry, "demo/4").tensors) == [f"tasks.{i}" for i in range(1, 5)]
+
+
+def test_reading_a_version_hashes_what_it_knows_once_however_many_it_was_learned_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, ref = NOTHING, None
+    with open_registry(tmp_path) as registry:
+        for number in range(6):
+            grown = State({**state.tensors, f"tasks.{number}": torch.ones(4)}, {})
+            ref, state = publish(registry, state, grown, on=ref), grown
+        hashed: list[int] = []
+        sha256 = State.sha256
+
+        def counted(self: State) -> str:
+            hashed.append(len(self.tensors))
+            return sha256(self)
+
+        monkeypatch.setattr(State, "sha256", counted)
+        assert same(collect(registry, "demo/6").tensors, state.tensors)
+    assert hashed == [0, 6]
+
+
+@pytest.mark.parametrize("place", [1, 2])
+def test_a_version_on_another_than_its_lineage_says_is_refused(tmp_path: Path, place: int) -> None:
+    """In the middle and at the end of what a version was learned on."""
+    one, two, three = (State({"x": torch.full((2,), float(number))}) for number in (1, 2, 3))
+    made = [(NOTHING, one), (one, two), (two, three)]
+    made[place] = (State({"x": torch.zeros(2), "y": torch.ones(1)}), made[place][1])
+    with open_registry(tmp_path) as registry:
+        ref = None
+        for before, after in made:
+            ref = publish(registry, before, after, on=ref)
+        with pytest.raises(PayloadError, match=f"demo/{place + 1} was learned on another version"):
+            collect(registry, "demo/3")
+
+
+def test_a_last_state_of_another_hash_is_refused(tmp_path: Path) -> None:
+    """Bytes that say of themselves what they are not."""
+    one, two = State({"x": torch.ones(2)}), State({"x": torch.zeros(2)})
+    payload = encode_increment(NOTHING, one).replace(one.sha256().encode(), two.sha256().encode())
+    with open_registry(tmp_path) as registry:
+        publish_bytes(registry, payload, on=None)
+        with pytest.raises(PayloadError, match="demo/1 was learned on another version"):
+            collect(registry, "demo/1")
 
 
 def test_a_version_is_learned_on_one_other(tmp_path: Path) -> None:
