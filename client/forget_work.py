@@ -16,8 +16,9 @@ from pomona.continual.edit_rounds import EditState, start_edit
 from pomona.continual.editing import Examples
 from pomona.continual.encoder import Adapter, FrozenEncoder, States
 from pomona.continual.knowledge import Knowledge
+from pomona.continual.moves_payload import encode_moves
 from pomona.continual.request_known import decode_known
-from pomona.continual.request_payload import RequestFacts, decode_edit, encode_gradients, encode_moves, encode_scores
+from pomona.continual.request_payload import RequestFacts, decode_edit, encode_gradients, encode_scores
 from pomona.continual.requests import RequestOwner
 from pomona.continual.scores import Scores, scores_of
 from pomona.datasets import Dataset, split_of

@@ -10,14 +10,8 @@ from pomona.aggregation.verify import Enrolment
 from pomona.continual.edit_rounds import EditState, GradientShare
 from pomona.continual.knowledge import Knowledge
 from pomona.continual.moves import TaskMoves
-from pomona.continual.request_payload import (
-    GradientFacts,
-    MovesFacts,
-    RequestFacts,
-    decode_gradients,
-    decode_moves,
-    decode_scores,
-)
+from pomona.continual.moves_payload import MovesFacts, decode_moves
+from pomona.continual.request_payload import GradientFacts, RequestFacts, decode_gradients, decode_scores
 from pomona.continual.scores import Scores
 from pomona.coordinator.task_answers import Asked
 from pomona.errors import PayloadError, UpdateRejected

@@ -18,16 +18,15 @@ from pomona.continual.knowledge import Knowledge, nothing_known
 from pomona.continual.learner import data_of_tasks
 from pomona.continual.mos import learn_task
 from pomona.continual.moves import TaskMoves, summed_moves
+from pomona.continual.moves_payload import decode_moves, encode_moves
 from pomona.continual.request_known import decode_known, encode_known
 from pomona.continual.request_payload import (
     RequestFacts,
     decode_edit,
     decode_gradients,
-    decode_moves,
     decode_scores,
     encode_edit,
     encode_gradients,
-    encode_moves,
     encode_scores,
 )
 from pomona.continual.requests import MetRequest, RequestOwner, forget_in_knowledge, meet, with_edit
