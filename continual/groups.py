@@ -64,7 +64,7 @@ def shrink_groups(
         strength: ``lambda``; 0 changes nothing, and from about 1 on no group can grow under Adam.
         learning_rate: Of the step that was just taken.
     """
-    kept = {}
+    kept: dict[str, float] = {}
     for layers in groups_of(adapter).values():
         factors = _factors(adapter, layers)
         threshold = learning_rate * strength * math.sqrt(sum(each.numel() for each in factors))

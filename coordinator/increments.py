@@ -115,7 +115,8 @@ def collect(registry: Registry, ref: str) -> State:
         BlobCorrupt: The bytes of one are missing or were changed.
         PayloadError: One of them was not learned, or on another version than its lineage says.
     """
-    state, sha256, source = NOTHING, NOTHING.sha256(), ref
+    state, source = NOTHING, ref
+    sha256: object = NOTHING.sha256()
     for node in learned_on(registry.lineage(ref)):
         source = node.version.ref
         increment = _increment(registry.payload(source), source)
