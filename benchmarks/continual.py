@@ -3,7 +3,7 @@
 ``--stream wordnet``: WordNet's 24 noun classes in 6 tasks of 4, under MiniLM; ``continual_streams.py`` says what the
 others are. Three seeds times three orders of classes; a seed draws 100 examples of each class, adapters, the order of
 examples and what is sampled. All methods pass each example as often, each at a learning rate that was chosen for it
-from the same three, by last accuracy on the validation split, with a seed and an order that are not reported on; all
+from the same five, by last accuracy on the validation split, with a seed and an order that are not reported on; all
 answers of MOS have one rate. The budget is small, so methods are compared at equal cost and not at their best.
 
 Before anything is measured, the exactness of RanPAC is checked on the stream itself; and a run after which the encoder
@@ -43,10 +43,10 @@ def main() -> None:
             wanted = {"stream": options.stream, "split": "test", "piece": piece, "seed": seed, "order": order}
             if piece in ONCE | PAIRED and options.seeds.index(seed) != options.orders.index(order):
                 continue
-            if not _done(options.out, wanted):
-                rate = chosen.get(TUNED_AS.get(piece, piece), 0.0)
+            rate = chosen.get(TUNED_AS.get(piece, piece), 0.0)
+            if not _done(options.out, {**wanted, "learning_rate": rate}):
                 run(options, wanted, rate=rate)
-    report(options.out, options.stream)
+    report(options.out, options.stream, chosen)
 
 
 def run(options: argparse.Namespace, wanted: dict[str, object], *, rate: float) -> None:

@@ -40,7 +40,7 @@ from pomona.mos_settings import AlignmentSettings, LoopSettings, MosSettings
 EPOCHS = 3
 DIMENSIONS = 2000
 ALIGNMENT = AlignmentSettings()
-RATES = (5e-4, 2e-3, 8e-3)
+RATES = (1e-4, 5e-4, 2e-3, 8e-3, 2e-2)
 
 Predict = Callable[[TaskData], Tensor]
 Result = dict[str, object]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from continual_methods import LEARNERS, MOS, MOS_GROUPS, ORACLES, UPPER_BOUNDS
+from continual_methods import LEARNERS, MOS, MOS_GROUPS, ORACLES, TUNED_AS, UPPER_BOUNDS
 from rich.console import Console
 from strategies import read_runs
 
@@ -24,11 +24,18 @@ HEATMAPS = ("sequential fine-tuning", "SimpleCIL", "SLCA-style", "RanPAC", MOS, 
 Runs = dict[str, list[Mapping[str, Any]]]
 
 
-def report(out: Path, stream: str) -> None:
-    """Write the table of a stream beside the results, print it, and draw what it shows."""
+def report(out: Path, stream: str, rates: Mapping[str, float]) -> None:
+    """Write the table of a stream beside the results, print it, and draw what it shows.
+
+    Args:
+        out: The results.
+        stream: Which.
+        rates: The learning rate that was chosen for each piece; runs at others are left out.
+    """
     runs: Runs = {}
     for run in read_runs(out):
-        if run["stream"] == stream and run["split"] == "test":
+        rate = rates.get(TUNED_AS.get(str(run["piece"]), str(run["piece"])), 0.0)
+        if run["stream"] == stream and run["split"] == "test" and run["learning_rate"] == rate:
             runs.setdefault(str(run["method"]), []).append(run)
     if not runs:
         raise SystemExit(f"{out} has no runs of {stream}")

@@ -85,8 +85,10 @@ def normal_classes(
     Args:
         classes: Of one width and kind, each with an example.
         prior: Examples, as a multiple of the width, that the covariance within all classes counts for.
-        sphere_examples: Examples of each class that a sphere of the mean variance counts for in that covariance. With
-            5 examples a class it is hardly known in which directions classes vary, and angles to means do best.
+        sphere_examples: Examples of each class, ``s``, with which a sphere of the mean variance is half of that
+            covariance; with ``n`` it is ``s^2 / (s^2 + n^2)``. With 5 examples a class it is hardly known in which
+            directions classes vary, and angles to means do best; with 100 a sphere hides those in which classes vary
+            least, and so differ most.
 
     Raises:
         DataError: There are no classes, or one has no examples.
@@ -126,5 +128,5 @@ def within_covariance(classes: Sequence[ClassStatistics], *, sphere_examples: fl
         return eye
     estimate = shrunk(pooled / freedom, freedom)
     examples = sum(each.count for each in classes) / len(classes)
-    share = sphere_examples / (sphere_examples + examples)
+    share = sphere_examples**2 / (sphere_examples**2 + examples**2)
     return (1 - share) * estimate + share * (estimate.trace() / width) * eye

@@ -80,7 +80,8 @@ class MosSettings(Section):
             the ``gaussian`` head has them, rather than with each class's own, as the paper does.
         prior: Examples that the covariance within all classes counts for in that of a class, as a multiple of the
             width of features.
-        sphere_examples: Examples of each class that a sphere counts for in the covariance within all classes.
+        sphere_examples: Examples of each class with which a sphere is half of the covariance within all classes; its
+            share falls with their square.
         experts: Adapters that an example goes through, at most, for ``combined``.
         expert_weight: Weight of a task's own head, for ``combined``.
         temperature: What log densities are divided by, for ``combined``: of many dimensions they are too sure.

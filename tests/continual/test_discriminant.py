@@ -60,6 +60,26 @@ def test_it_is_about_as_good_as_angles_with_few_examples_and_better_with_many(n:
     assert found >= angles + gain
 
 
+@pytest.mark.parametrize(("n", "share"), [(5, 0.8), (10, 0.5), (30, 0.1), (90, 1 / 82)])
+def test_the_share_of_the_sphere_falls_with_the_square_of_the_examples(n: int, share: float) -> None:
+    estimate = within_covariance(learned(n))
+    sphere = float(estimate.trace()) / WIDTH * torch.eye(WIDTH, dtype=torch.float64)
+    found = within_covariance(learned(n), sphere_examples=10.0)
+    assert_close(found, (1 - share) * estimate + share * sphere, rtol=1e-9, atol=1e-12)
+
+
+def test_classes_that_differ_where_they_vary_least_are_told_apart_with_many_examples() -> None:
+    def rows(n: int, label: int, seed: int) -> Tensor:
+        noise = torch.randn(n, WIDTH, generator=torch.Generator().manual_seed(100 * seed + label))
+        return noise * torch.tensor([1.0] * 8 + [0.05] * 4) + torch.eye(WIDTH)[8 + label] * 0.2
+
+    kept = [ClassStatistics.of(rows(100, c, 0)) for c in range(4)]
+    test = torch.cat([rows(100, c, 1) for c in range(4)])
+    found = accuracy_of(gaussian_head(kept, prior=3.0, sphere_examples=10.0).logits(test), 100)
+    linear_share = gaussian_head(kept, prior=3.0, sphere_examples=33.0)  # 10 examples in 110 were a share of 9 %, too
+    assert found >= accuracy_of(linear_share.logits(test), 100) + 0.05
+
+
 def test_diagonal_statistics_give_a_head_too() -> None:
     kept = [each.diagonal() for each in learned(50)]
     test = torch.cat([rows_of(50, c, seed=5) for c in range(4)])
