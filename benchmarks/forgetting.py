@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from continual_streams import FASHION
 from forgetting_data import Material, glosses, pictures
-from forgetting_methods import LEARNED, METHODS, REPLAY, RETRAINED, STEPS, Bench, Result, forget
+from forgetting_methods import CHOICES, LEARNED, ON_REPLAY, ORACLE, REPLAY, STEPS, Bench, Result, forget
 from forgetting_tables import report
 from strategies import keep_run, read_runs
 
@@ -184,11 +184,11 @@ def check(bench: Bench) -> None:
 def pieces(seeds: Sequence[int], out: Path, material: Material) -> Iterator[Piece]:
     """Yield what is to be measured, the choice of settings first; what follows depends on it."""
     for request in material.chosen_on:
-        for method, way in METHODS.items():
-            for choice in range(len(way.grid)):
+        for method, choices in CHOICES.items():
+            for choice in range(choices if choices > 1 else 0):
                 yield Piece("choice", method, 0, request, choice)
-    chosen = chosen_settings(out) | dict.fromkeys(RETRAINED, 0)
-    order = ["retrain (oracle)", "GS-LoRA", "GS-LoRA++", "retrain on replay", *METHODS]
+    chosen = chosen_settings(out)
+    order = [ORACLE, "GS-LoRA", "GS-LoRA++", ON_REPLAY, *CHOICES]
     for seed in seeds:
         for stage, requests in (("single", material.requests), ("sequence", ("all",))):
             for method in dict.fromkeys(order):
@@ -196,7 +196,7 @@ def pieces(seeds: Sequence[int], out: Path, material: Material) -> Iterator[Piec
                     yield Piece(stage, method, seed, request, chosen[method])
     for seed in seeds:
         for stage in ("few-shot", "missing"):
-            for method in ("GS-LoRA", "GS-LoRA++", "LwF", "retrain on replay"):
+            for method in ("GS-LoRA", "GS-LoRA++", "LwF", ON_REPLAY):
                 yield Piece(stage, method, seed, material.requests[0], chosen[method])
 
 
@@ -209,7 +209,7 @@ def chosen_settings(out: Path) -> dict[str, int]:
                 json.loads(json.dumps(run["rows"]))[0]["kept"]["h_mean"]
             )
     found = {}
-    for method in METHODS:
+    for method in CHOICES:
         of_method = {choice: float(np.mean(each)) for (name, choice), each in scores.items() if name == method}
         found[method] = max(of_method, key=lambda choice: of_method[choice]) if of_method else 0
     return found
@@ -219,7 +219,7 @@ def main() -> None:
     """Measure what is missing, then print the tables and draw the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", choices=[*METHODS, *RETRAINED], default=[*METHODS, *RETRAINED])
+    parser.add_argument("--methods", nargs="+", choices=list(CHOICES), default=list(CHOICES))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--report", action="store_true", help="measure nothing")
     parser.add_argument("--data", choices=list(FILES), default="wordnet")
@@ -232,7 +232,7 @@ def main() -> None:
     if not options.report:
         material = glosses() if options.data == "wordnet" else pictures(options.encoders, options.fashion)
         run(options, out, material)
-    report(out)
+    report(out, chosen_settings(out))
 
 
 def run(options: argparse.Namespace, out: Path, material: Material) -> None:

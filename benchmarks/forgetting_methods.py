@@ -25,7 +25,9 @@ from pomona.mos_settings import LoopSettings
 LEARNED = 150  # examples of each class that the classifier, and the oracle, learn from
 REPLAY = 30  # of them, examples of each class that are at hand when a request comes
 TRAINING = RetrainSettings()
-REPLAY_TRAINING = RetrainSettings(training=LoopSettings(epochs=6, min_steps=100, learning_rate=2e-3))
+REPLAY_TRAINING = tuple(
+    RetrainSettings(training=LoopSettings(epochs=epochs, min_steps=100, learning_rate=2e-3)) for epochs in (6, 12, 24)
+)
 STEPS = 80
 
 Edits = Callable[..., Forgotten]
@@ -77,7 +79,9 @@ METHODS = {
         forget_by_negative_gradient, NegativeGradientSettings, ({"weight": 0.03}, {"weight": 0.1}, {"weight": 0.3}), {}
     ),
 }
-RETRAINED = ("retrain on replay", "retrain (oracle)")
+ON_REPLAY, ORACLE = "retrain on replay", "retrain (oracle)"
+RETRAINED = (ON_REPLAY, ORACLE)
+CHOICES = {**{name: len(way.grid) for name, way in METHODS.items()}, ON_REPLAY: len(REPLAY_TRAINING), ORACLE: 1}
 
 
 @dataclass(frozen=True)
@@ -163,8 +167,7 @@ def forget(
     gone, available = [*earlier, *request], replay.subset(~bench.of(replay, earlier)) if earlier else replay
     facts: dict[str, object] = {}
     if method in RETRAINED:
-        rows = bench.learned if method == "retrain (oracle)" else replay
-        training = TRAINING if method == "retrain (oracle)" else REPLAY_TRAINING
+        rows, training = (bench.learned, TRAINING) if method == ORACLE else (replay, REPLAY_TRAINING[choice])
         kept = removed = retrain_without(
             bench.encoder, bench.classifier, rows, gone, settings=training, seed=bench.seed + len(earlier)
         )

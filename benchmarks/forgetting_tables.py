@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from forgetting_methods import ORACLE
 from rich.console import Console
 from rich.table import Table
 from strategies import read_runs
 
-ORACLE = "retrain (oracle)"
 AIMED = ("GS-LoRA", "GS-LoRA++")
 PARAMETERS = 22_713_216  # of MiniLM, where a run does not say
 _WIDTH = 170
@@ -17,9 +17,16 @@ _WIDTH = 170
 Row = Mapping[str, Any]
 
 
-def report(out: Path) -> None:
-    """Print the tables as markdown too, name each missed aim, and draw the plot."""
-    runs: list[Mapping[str, Any]] = list(read_runs(out))
+def report(out: Path, chosen: Mapping[str, int]) -> None:
+    """Print the tables as markdown too, name each missed aim, and draw the plot.
+
+    Args:
+        out: The results.
+        chosen: The setting of each method; runs with others are left out.
+    """
+    runs: list[Mapping[str, Any]] = [
+        run for run in read_runs(out) if run["stage"] == "choice" or run["choice"] == chosen[str(run["method"])]
+    ]
     if not any(run["stage"] != "choice" for run in runs):
         Console().print("nothing but choices of settings is measured yet")
         return
