@@ -170,6 +170,18 @@ def test_a_forgotten_class_is_never_the_answer(encoder: FrozenEncoder, splits: S
     assert accuracy(predict(encoder, known, test[1].states), test[1].targets - 2) > 0.8
 
 
+@pytest.mark.parametrize("head", ["combined", "gaussian", "aligned", "ridge", "ridge-own"])
+def test_what_was_read_back_answers_where_a_task_has_no_class_left(
+    encoder: FrozenEncoder, splits: Splits, head: HeadKind
+) -> None:
+    """Read from tensors, a head without rows has no width either."""
+    train, test = streams(splits, TASKS)
+    known = learned(encoder, train, settings_of(head)).without(["tool"])
+    restored, states = Knowledge.from_tensors(*known.to_tensors()), test[0].states + test[2].states
+    assert torch.equal(scores(encoder, restored, states), scores(encoder, known, states))
+    assert accuracy(predict(encoder, restored, test[2].states), test[2].targets - 1) > 0.8
+
+
 def test_what_cannot_be_learned_is_refused(encoder: FrozenEncoder, splits: Splits) -> None:
     train, test = streams(splits, PAIRS)
     settings = settings_of()
