@@ -25,6 +25,7 @@ from pomona.errors import DataError, PayloadError
 from pomona.mos_settings import Moments
 
 _JITTER = 1e-10  # of the mean variance: lets a singular covariance be factored
+_ROUNDING = 1e-12  # of the mean square: features of one text, in float32, differ by less
 
 
 class GaussianClass(Protocol):
@@ -121,13 +122,16 @@ class ClassStatistics:
     def covariance(self) -> Tensor:
         """Return the unbiased covariance, ``(width, width)`` float64; zero for a single example.
 
-        With diagonal moments the rest is zero. Variances that rounding made negative are zero.
+        With diagonal moments the rest is zero. Variances that rounding made negative are zero, and so are all where
+        they are nothing but rounding: of one text many times, a covariance would be noise of either sign.
         """
         mean = self.mean()
-        if self.count == 1:
+        squares = self.moment if self.moment.ndim == 1 else self.moment.diagonal()
+        spread = squares - self.count * mean.square()
+        if self.count == 1 or float(spread.sum()) <= _ROUNDING * float(squares.sum()):
             return mean.new_zeros(len(mean), len(mean))
         if self.moment.ndim == 1:
-            return ((self.moment - self.count * mean.square()) / (self.count - 1)).clamp(min=0.0).diag()
+            return (spread / (self.count - 1)).clamp(min=0.0).diag()
         centred = (self.moment - self.count * torch.outer(mean, mean)) / (self.count - 1)
         return (centred + centred.T) / 2
 

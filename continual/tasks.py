@@ -11,6 +11,9 @@ from pomona.errors import ConfigError, DataError
 from pomona.seeds import seed_of
 
 
+_MOST_DIGITS = 4000  # Python reads no number of many more
+
+
 @dataclass(frozen=True, slots=True)
 class Task:
     """Classes that are learned together.
@@ -103,6 +106,6 @@ def learning_order(tasks: Sequence[Task]) -> tuple[str, ...]:
 
 
 def _in_order(names: tuple[str, ...]) -> tuple[str, ...]:
-    if all(name.isascii() and name.removeprefix("-").isdigit() for name in names):
+    if all(name.isascii() and name.removeprefix("-").isdigit() and len(name) <= _MOST_DIGITS for name in names):
         return tuple(sorted(names, key=int))
     return names
