@@ -26,6 +26,7 @@ from pomona.mos_settings import Moments
 
 _JITTER = 1e-10  # of the mean variance: lets a singular covariance be factored
 _ROUNDING = 1e-12  # of the mean square: features of one text, in float32, differ by less
+_SLACK = 1e-8  # of the mean square: more than the check of what others send lets variances be below zero
 
 
 class GaussianClass(Protocol):
@@ -140,7 +141,12 @@ class ClassStatistics:
         noise = torch.randn(n, len(self.total), generator=generator, dtype=torch.float64)
         if self.moment.ndim == 1:
             return self.mean() + noise * self.covariance().diagonal().sqrt()
-        return self.mean() + noise @ cholesky(self.covariance()).T
+        return self.mean() + noise @ cholesky(self.covariance(), slack=self.slack()).T
+
+    def slack(self) -> float:
+        """Return how far below zero a variance may be in sums that were checked, see :func:`cholesky`."""
+        squares = self.moment if self.moment.ndim == 1 else self.moment.diagonal()
+        return _SLACK * float(squares.sum()) / self.count
 
     def compressed(self, rank: int) -> "CompressedStatistics":
         """Keep ``rank`` leading directions of the covariance, and the exact variance of each coordinate.
@@ -250,17 +256,22 @@ def shrunk(covariance: Tensor, count: int) -> Tensor:
     return (1 - rho) * covariance + rho * (trace / width) * torch.eye(width, dtype=covariance.dtype)
 
 
-def cholesky(covariance: Tensor) -> Tensor:
+def cholesky(covariance: Tensor, *, slack: float = 0.0) -> Tensor:
     """Return ``L`` with ``L L^T`` the covariance, ``(width, width)`` float64, where it may be singular.
+
+    Args:
+        covariance: Is added to only as much as it takes.
+        slack: Added to all variances where nothing less will do: sums of others are checked to rounding, and one that
+            used it up would let nobody have a normal distribution.
 
     Raises:
         DataError: It is not finite, or not positive semi-definite beyond rounding.
     """
     scale = covariance.diagonal().mean()
     eye = torch.eye(len(covariance), dtype=covariance.dtype)
-    for jitter in (_JITTER, 1e2 * _JITTER, 1e4 * _JITTER):
+    for added in (*(times * _JITTER * scale for times in (1.0, 1e2, 1e4)), slack):
         factor: Tensor
-        factor, failed = torch.linalg.cholesky_ex(covariance + (jitter * scale + 1e-300) * eye)
+        factor, failed = torch.linalg.cholesky_ex(covariance + (added + 1e-300) * eye)
         if not int(failed) and bool(factor.isfinite().all()):
             return factor
     raise DataError("expected a finite positive semi-definite covariance; the statistics of a class are damaged")
