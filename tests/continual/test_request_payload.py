@@ -232,6 +232,8 @@ def test_scores_add_up_and_right_answers_are_no_more_than_examples(ridge: Learne
     for spoil in (times("counts", 0), times("right", -1), times("counts", 1000)):
         with pytest.raises(PayloadError, match="expected right answers among at most 100"):
             decode_scores(spoiled(payload, spoil), CLASSES, sets=1, max_rows=100)
+    with pytest.raises(PayloadError, match=f"at most {len(names) - 1} examples"):
+        decode_scores(payload, CLASSES, sets=1, max_rows=len(names) - 1)
 
 
 def known_payload(known: Learned) -> bytes:
