@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pomona.errors import ConfigError, DataError
 from pomona.seeds import seed_of
 
-
 _MOST_DIGITS = 4000  # Python reads no number of many more
 
 
