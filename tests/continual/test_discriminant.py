@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from pomona.continual.discriminant import gaussian_head, within_covariance
 from pomona.continual.heads import CosineHead
-from pomona.continual.statistics import ClassStatistics
+from pomona.continual.statistics import ClassStatistics, shrunk
 from pomona.errors import DataError
 
 WIDTH = 12
@@ -58,6 +58,15 @@ def test_it_is_about_as_good_as_angles_with_few_examples_and_better_with_many(n:
     found = accuracy_of(gaussian_head(kept, prior=3.0, sphere_examples=10.0).logits(test), 100)
     angles = accuracy_of(CosineHead(torch.stack([each.mean() for each in kept]).float()).logits(test), 100)
     assert found >= angles + gain
+
+
+def test_a_sphere_counts_for_as_many_examples_as_it_says() -> None:
+    kept = [ClassStatistics.of(rows_of(n, c)) for c, n in enumerate((6, 10, 14))]
+    plain = within_covariance(kept)
+    sphere = float(plain.trace()) / WIDTH * torch.eye(WIDTH, dtype=torch.float64)
+    assert_close(within_covariance(kept, sphere_examples=30.0), plain / 4 + sphere * 3 / 4)
+    pooled = sum((each.count - 1) * each.covariance() for each in kept)
+    assert_close(plain, shrunk(pooled / 27, 27))
 
 
 def test_diagonal_statistics_give_a_head_too() -> None:
