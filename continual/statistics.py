@@ -129,7 +129,7 @@ class ClassStatistics:
         mean = self.mean()
         squares = self.moment if self.moment.ndim == 1 else self.moment.diagonal()
         spread = squares - self.count * mean.square()
-        if self.count == 1 or float(spread.sum()) <= _ROUNDING * float(squares.sum()):
+        if self.count == 1 or abs(float(spread.sum())) <= _ROUNDING * abs(float(squares.sum())):
             return mean.new_zeros(len(mean), len(mean))
         if self.moment.ndim == 1:
             return (spread / (self.count - 1)).clamp(min=0.0).diag()

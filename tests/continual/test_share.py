@@ -93,6 +93,11 @@ LIES: dict[str, tuple[Change, str]] = {
     "long sums": (lambda t, _: t["statistics.total"].mul_(2.5), "the sums of class"),
     "short features": (lambda t, _: t["statistics.moment"].mul_(0.5), "expected features of length 1"),
     "ridge count": (lambda _, f: f["ridge"].update(total=3), "expected ridge sums of 12"),  # type: ignore[attr-defined]
+    "a little not positive": (
+        lambda t, _: t["first.moment"].add_(4e-5 * (torch.arange(15) == WIDTH) - 4e-5 * (torch.arange(15) == 0)),
+        "a variance would be",
+    ),
+    "ridge held out count": (lambda _, f: f["ridge"].update(held_out=13), "got 12 and 13"),  # type: ignore[attr-defined]
     "ridge held out": (lambda t, _: t["ridge.held_out.gram"].mul_(9.0), "no sums of random features"),
     "ridge negative": (lambda t, _: t["ridge.total.cross"].neg_(), "no sums of random features"),
     "ridge huge": (lambda t, _: t["ridge.total.gram"].mul_(1e200), "features of length 1"),
