@@ -6,6 +6,7 @@ that is started anew in the middle cannot go on.
 """
 
 import logging
+import math
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,7 @@ class ForgetWork:
         Raises:
             PayloadError: The payload is not of that stage, or the client was not there at the beginning.
             DataError: A class to forget is not known, or all would go.
+            ConfigError: The loss became NaN or infinite.
         """
         if request.stage == "begin":
             return self._begin(request, payload)
@@ -89,7 +91,14 @@ class ForgetWork:
         facts = self._facts(request)
         if request.stage == "moves":
             return "moves", "{}", encode_moves(begun.owner.moves(state), facts)
-        return "gradients", "{}", encode_gradients(begun.owner.gradients(state), facts)
+        share = begun.owner.gradients(state)
+        for each in (share.retained, share.forgotten):
+            if each is not None and not math.isfinite(each.loss):
+                raise ConfigError(
+                    f"forgetting diverged at step {state.number}, its loss is {each.loss}; the run needs a lower "
+                    "learning_rate"
+                )
+        return "gradients", "{}", encode_gradients(share, facts)
 
     def _begin(self, request: EditRequest, payload: bytes) -> Answer:
         """Take what is known, and score it by the rows that are held out."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pomona.continual.heads import LinearHead
 from pomona.continual.statistics import GaussianClass
-from pomona.errors import DataError
+from pomona.errors import ConfigError, DataError
 from pomona.mos_settings import AlignmentSettings
 
 
@@ -35,6 +35,7 @@ def aligned_head(
 
     Raises:
         DataError: There is not one distribution for each row.
+        ConfigError: It diverged.
     """
     if len(classes) != head.classes or not classes:
         raise DataError(f"expected statistics of each of the head's {head.classes} classes, got {len(classes)}")
@@ -54,6 +55,8 @@ def aligned_head(
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
+    if not bool(weight.isfinite().all() and bias.isfinite().all()):
+        raise ConfigError("the alignment of the head diverged; lower learning_rate of [mos.alignment]")
     return LinearHead(weight.detach(), bias.detach())
 
 

@@ -92,7 +92,7 @@ class Answerer:
         general = self._general(self.features(0, states)).log_softmax(1)
         tasks = likeliest(general, self._task_of, most=self._settings.experts)
         found = torch.full_like(general, -math.inf)
-        for task in sorted(set(tasks.flatten().tolist())):
+        for task in sorted(set(tasks.flatten().tolist()) & set(self._task_of.tolist())):  # others have no class left
             chosen = (tasks == task).any(1).nonzero().flatten()
             columns = (self._task_of == task).nonzero().flatten()
             own = self._own(task, states.subset(chosen.tolist()))

@@ -96,11 +96,11 @@ def normal_classes(
     if not classes or min(each.count for each in classes) < 1:
         raise DataError(f"expected classes that all have examples, got {[each.count for each in classes]}")
     within = within_covariance(classes, sphere_examples=sphere_examples)
-    weight = prior * len(within)
+    weight, slack = prior * len(within), max(each.slack() for each in classes)
     found = []
     for each in classes:
         mixed = (weight * within + (each.count - 1) * each.covariance()) / (weight + each.count - 1)
-        found.append(NormalClass(each.count, each.mean(), cholesky(mixed)))
+        found.append(NormalClass(each.count, each.mean(), cholesky(mixed, slack=slack)))
     return tuple(found)
 
 

@@ -268,9 +268,7 @@ def ridge_head(sums: RidgeSums, *, projection: Tensor, regularization: float | N
             f"got {sums.total.gram.shape[0]} dimensions over {sums.total.count}"
         )
     chosen = best_regularization(sums) if regularization is None else regularization
-    ridge = sums.total.gram + chosen * torch.eye(len(sums.total.gram), dtype=torch.float64)
-    weight = torch.cholesky_solve(sums.total.cross, torch.linalg.cholesky(ridge))
-    return RidgeHead(projection, weight, chosen)
+    return RidgeHead(projection, _solved(sums.total, chosen), chosen)
 
 
 def best_regularization(sums: RidgeSums) -> float:
@@ -301,6 +299,15 @@ def held_out_errors(sums: RidgeSums, regularizations: Collection[float]) -> list
         squared = (weight * (gram @ weight)).sum() - 2 * (weight * target).sum() + held.count
         found.append(float(squared) / held.count)
     return found
+
+
+def _solved(sums: NormalEquations, regularization: float) -> Tensor:
+    """Return ``W``; where rounding, or what a check let pass, left eigenvalues below zero, as if they were zero."""
+    factor, failed = torch.linalg.cholesky_ex(sums.gram + regularization * torch.eye(len(sums.gram)).to(sums.gram))
+    if not int(failed):
+        return torch.cholesky_solve(sums.cross, factor)
+    values, vectors = torch.linalg.eigh(sums.gram)
+    return vectors @ (vectors.T @ sums.cross / (values.clamp(min=0) + regularization)[:, None])
 
 
 def _projected(features: Tensor, projection: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, NonNegativeFloat, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from pomona.adapters import LoraFactors
@@ -34,6 +34,7 @@ from pomona.settings import Sha256
 _RETAINED, _FORGOTTEN = "retained.", "forgotten."
 
 Rows = Annotated[int, Field(ge=0, le=2**31)]
+MeanLoss = Annotated[float, Field(ge=0, le=torch.finfo(torch.float32).max)]  # times rows it is still finite in float64
 
 
 class RequestFacts(Facts):
@@ -67,8 +68,8 @@ class GradientFacts(RequestFacts):
     format: Literal["edit-gradients/1"] = "edit-gradients/1"
     retained: Rows
     forgotten: Rows
-    retained_loss: NonNegativeFloat
-    forgotten_loss: NonNegativeFloat
+    retained_loss: MeanLoss
+    forgotten_loss: MeanLoss
 
     @model_validator(mode="after")
     def _has_rows(self) -> "GradientFacts":
@@ -166,7 +167,7 @@ def decode_scores(
         payload: The bytes.
         classes: That are scored, in order.
         sets: Scores that there must be.
-        max_rows: Examples of a class that an owner may have.
+        max_rows: Examples that an owner may have.
 
     Raises:
         PayloadError: The bytes are not that, or more answers are right than there are examples.
@@ -175,8 +176,8 @@ def decode_scores(
     tensors, stated = decode_tensors(payload, most=bytes_of(shapes))
     check_tensors(tensors, shapes)
     right, counts = tensors["right"], tensors["counts"]
-    if int(right.min()) < 0 or bool((right > counts).any()) or int(counts.max()) > max_rows:
-        raise PayloadError(f"expected right answers among at most {max_rows} examples of a class, got others")
+    if int(right.min()) < 0 or bool((right > counts).any()) or sum(counts.tolist()) > max_rows:
+        raise PayloadError(f"expected right answers among at most {max_rows} examples, got others")
     there = {label: count for label, count in zip(classes, counts.tolist(), strict=True) if count}
     found = [Scores(dict(zip(classes, row, strict=True)), there) for row in right.tolist()]
     return read_facts(ScoresFacts, stated), tuple(found)

@@ -25,6 +25,8 @@ from pomona.errors import DataError, PayloadError
 from pomona.mos_settings import Moments
 
 _JITTER = 1e-10  # of the mean variance: lets a singular covariance be factored
+_ROUNDING = 1e-12  # of the mean square: features of one text, in float32, differ by less
+_SLACK = 1e-8  # of the mean square: more than the check of what others send lets variances be below zero
 
 
 class GaussianClass(Protocol):
@@ -121,13 +123,16 @@ class ClassStatistics:
     def covariance(self) -> Tensor:
         """Return the unbiased covariance, ``(width, width)`` float64; zero for a single example.
 
-        With diagonal moments the rest is zero. Variances that rounding made negative are zero.
+        With diagonal moments the rest is zero. Variances that rounding made negative are zero, and so are all where
+        they are nothing but rounding: of one text many times, a covariance would be noise of either sign.
         """
         mean = self.mean()
-        if self.count == 1:
+        squares = self.moment if self.moment.ndim == 1 else self.moment.diagonal()
+        spread = squares - self.count * mean.square()
+        if self.count == 1 or abs(float(spread.sum())) <= _ROUNDING * abs(float(squares.sum())):
             return mean.new_zeros(len(mean), len(mean))
         if self.moment.ndim == 1:
-            return ((self.moment - self.count * mean.square()) / (self.count - 1)).clamp(min=0.0).diag()
+            return (spread / (self.count - 1)).clamp(min=0.0).diag()
         centred = (self.moment - self.count * torch.outer(mean, mean)) / (self.count - 1)
         return (centred + centred.T) / 2
 
@@ -136,7 +141,12 @@ class ClassStatistics:
         noise = torch.randn(n, len(self.total), generator=generator, dtype=torch.float64)
         if self.moment.ndim == 1:
             return self.mean() + noise * self.covariance().diagonal().sqrt()
-        return self.mean() + noise @ cholesky(self.covariance()).T
+        return self.mean() + noise @ cholesky(self.covariance(), slack=self.slack()).T
+
+    def slack(self) -> float:
+        """Return how far below zero a variance may be in sums that were checked, see :func:`cholesky`."""
+        squares = self.moment if self.moment.ndim == 1 else self.moment.diagonal()
+        return _SLACK * float(squares.sum()) / self.count
 
     def compressed(self, rank: int) -> "CompressedStatistics":
         """Keep ``rank`` leading directions of the covariance, and the exact variance of each coordinate.
@@ -246,17 +256,22 @@ def shrunk(covariance: Tensor, count: int) -> Tensor:
     return (1 - rho) * covariance + rho * (trace / width) * torch.eye(width, dtype=covariance.dtype)
 
 
-def cholesky(covariance: Tensor) -> Tensor:
+def cholesky(covariance: Tensor, *, slack: float = 0.0) -> Tensor:
     """Return ``L`` with ``L L^T`` the covariance, ``(width, width)`` float64, where it may be singular.
+
+    Args:
+        covariance: Is added to only as much as it takes.
+        slack: Added to all variances where nothing less will do: sums of others are checked to rounding, and one that
+            used it up would let nobody have a normal distribution.
 
     Raises:
         DataError: It is not finite, or not positive semi-definite beyond rounding.
     """
     scale = covariance.diagonal().mean()
     eye = torch.eye(len(covariance), dtype=covariance.dtype)
-    for jitter in (_JITTER, 1e2 * _JITTER, 1e4 * _JITTER):
+    for added in (*(times * _JITTER * scale for times in (1.0, 1e2, 1e4)), slack):
         factor: Tensor
-        factor, failed = torch.linalg.cholesky_ex(covariance + (jitter * scale + 1e-300) * eye)
+        factor, failed = torch.linalg.cholesky_ex(covariance + (added + 1e-300) * eye)
         if not int(failed) and bool(factor.isfinite().all()):
             return factor
     raise DataError("expected a finite positive semi-definite covariance; the statistics of a class are damaged")

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pomona.errors import ConfigError, DataError
 from pomona.seeds import seed_of
 
+_MOST_DIGITS = 4000  # Python reads no number of many more
+
 
 @dataclass(frozen=True, slots=True)
 class Task:
@@ -103,6 +105,6 @@ def learning_order(tasks: Sequence[Task]) -> tuple[str, ...]:
 
 
 def _in_order(names: tuple[str, ...]) -> tuple[str, ...]:
-    if all(name.isascii() and name.removeprefix("-").isdigit() for name in names):
+    if all(name.isascii() and name.removeprefix("-").isdigit() and len(name) <= _MOST_DIGITS for name in names):
         return tuple(sorted(names, key=int))
     return names

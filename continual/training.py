@@ -10,6 +10,7 @@ is done after a step. Everything is a function of its arguments; the same argume
 
 import math
 from collections.abc import Callable
+from itertools import count, islice
 from typing import Literal
 
 import numpy as np
@@ -114,9 +115,8 @@ def _order(states: States, batch_size: int, steps: int, *, seed: int) -> list[Te
     """Return the indices of each batch; every pass in an order of its own."""
     lengths = [len(row) for row in states.rows]
     generator = np.random.default_rng(seed_of("order", seed))
-    passes = -(-steps * batch_size // len(lengths)) + 1
-    found = [each for _ in range(passes) for each in batch_indices(lengths, batch_size=batch_size, generator=generator)]
-    return [torch.from_numpy(each) for each in found[:steps]]
+    found = (each for _ in count() for each in batch_indices(lengths, batch_size=batch_size, generator=generator))
+    return [torch.from_numpy(each) for each in islice(found, steps)]
 
 
 def _trainable(start: Adapter, trains: Literal["b", "both"]) -> Adapter:

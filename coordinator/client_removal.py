@@ -22,8 +22,8 @@ from itertools import groupby
 
 from pomona.adapters import AdapterWeights
 from pomona.coordinator.certificate import certify, population_of
-from pomona.coordinator.increments import collect, encode_increment
-from pomona.coordinator.memory import KINDS, StreamRecord
+from pomona.coordinator.increments import State, encode_increment
+from pomona.coordinator.memory import KINDS, StreamRecord, recall
 from pomona.coordinator.recovery import coordinated, settings_of
 from pomona.coordinator.replay import Replay, weights_of
 from pomona.coordinator.round_loop import exactness_of
@@ -115,8 +115,7 @@ def _removed(registry: Registry, client: str, touched: Sequence[Version]) -> Rem
         registry.publish_learned(remedy.new, certificate=certificate, quarantined=certificate.affected)
         recorded = registry.certificates(affected[0].adapter)[-1]
     else:
-        registry.quarantine(certificate.affected, remedy.reason)
-        recorded = registry.record_certificate(certificate)
+        recorded = registry.record_certificate(certificate, quarantined=certificate.affected)
     return Removal(certificate=recorded, rounds_lost=remedy.rounds_lost)
 
 
@@ -154,11 +153,17 @@ def _ended_stream(back: Version) -> dict[str, object]:
 
 
 def _payload_of(registry: Registry, back: Version) -> bytes:
-    """Return the bytes of a version that says what another said: one that was learned adds nothing to that."""
+    """Return the bytes of a version that says what another said: one that was learned adds nothing to that.
+
+    But for classes that were forgotten since: they were to be learned again by nobody who does not ask for it.
+    """
     if back.kind not in KINDS:
         return registry.blobs.get(back.sha256)
-    state = collect(registry, back.ref)
-    return encode_increment(state, state)
+    memory = recall(registry, back.ref)
+    asked = [label for each in registry.certificates(back.adapter) if each.scope == "class" for label in each.subjects]
+    since = [label for label in asked if label not in memory.knowledge.classes]
+    forgotten = list(dict.fromkeys([*memory.forgotten, *since]))
+    return encode_increment(memory.state, State(memory.state.tensors, {**memory.state.facts, "forgotten": forgotten}))
 
 
 def _without_block(registry: Registry, client: str, touched: Sequence[Version]) -> _Remedy:
@@ -211,7 +216,7 @@ def _without_block(registry: Registry, client: str, touched: Sequence[Version]) 
 def _version(
     like: Version, payload: bytes, metrics: Mapping[str, float], exactness: Exactness, recipe: Mapping[str, object]
 ) -> NewLearned:
-    kept = {key: value for key, value in like.recipe.items() if key != "method_state"}
+    kept = {key: value for key, value in like.recipe.items() if key not in {"method_state", "request"}}
     return NewLearned(
         adapter=like.adapter,
         payload=payload,

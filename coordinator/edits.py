@@ -14,10 +14,11 @@ from pomona.continual.scores import Scores
 from pomona.continual.verification import Assessment, assess
 from pomona.coordinator.increments import encode_increment
 from pomona.coordinator.memory import Memory, feature_adapter, recipe, state_of
-from pomona.storage.certificates import NewCertificate
+from pomona.storage.certificates import Certificate, NewCertificate
 from pomona.storage.learned import ClosedRound, NewLearned
 from pomona.storage.records import Parent, Version
 from pomona.storage.registry import Registry
+from pomona.storage.values import json_value
 
 METHOD = "gs-lora"
 SHORTFALL = "what the edit failed to do"  # of a certificate's evidence, where there is something to say
@@ -68,12 +69,10 @@ def publish_edit(
     name, left, found = memory.version.adapter, edit.met.left, edit.met.forgotten
     told = _assessment(memory, classes, edit)
     verdict = verdict_of(memory.knowledge, classes, edit.met.stale, edited=bool(found.groups_changed))
+    verdict = with_earlier(verdict, classes, registry.certificates(name))
     missed = shortfall(len(found.groups_changed), edit.before.accuracy(classes), told.acc_forget)
-    affected = [
-        version.ref
-        for version in registry.versions(name)
-        if set(classes) & set(map(str, _listed(version.recipe.get("knows"))))
-    ]
+    gone = set(map(json_value, classes))  # as the registry has them
+    affected = [each.ref for each in registry.versions(name) if gone & set(_listed(each.recipe.get("knows")))]
     made = recipe(left, memory.stream, method=METHOD)
     return registry.publish_learned(
         NewLearned(
@@ -154,6 +153,26 @@ def verdict_of(
     )
     behind = ", ".join(name for name in stale if name not in counting)
     return Verdict(found.exactness, f"{found.why}; {behind} are of features before the edit") if behind else found
+
+
+def with_earlier(verdict: Verdict, classes: Collection[str], certificates: Sequence[Certificate]) -> Verdict:
+    """Return a verdict that claims no more than what was said when one of the classes was forgotten before.
+
+    A class that was learned again is of a later task, but what was trained on it the first time may still be in use.
+
+    Args:
+        verdict: By what is known now.
+        classes: That were to be forgotten.
+        certificates: Of the adapter, until now.
+    """
+    before = [each for each in certificates if each.scope == "class" and set(classes) & set(each.subjects)]
+    if not before:
+        return verdict
+    behind = (
+        f"certificate {', '.join(str(each.id) for each in before)} says what is in use of when it was learned before"
+    )
+    weakest = "behavioural" if any(each.exactness == "behavioural" for each in before) else verdict.exactness
+    return Verdict(weakest, f"{verdict.why}; {behind}")
 
 
 def _assessment(memory: Memory, classes: Sequence[str], edit: Edit) -> Assessment:

@@ -61,6 +61,7 @@ def encode_increment(before: State, after: State) -> bytes:
 
     Raises:
         ValueError: A tensor has another dtype or no elements, or the facts are no JSON.
+        PayloadError: It has more tensors, or says more beside them, than :func:`apply_increment` reads.
     """
     changed = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -81,9 +82,15 @@ def encode_increment(before: State, after: State) -> bytes:
             "before": before.sha256(),
             "sha256": after.sha256(),
         }
-        return save(changed, {_METADATA_KEY: _canonical(told)})
+        payload = save(changed, {_METADATA_KEY: _canonical(told)})
     except TypeError as error:
         raise ValueError(f"the facts should be JSON: {error}") from error
+    if len(changed) > _MAX_TENSORS or int.from_bytes(payload[:8], "little") > _MAX_HEADER_BYTES:
+        raise PayloadError(
+            f"a version has at most {_MAX_TENSORS} new tensors and {_MAX_HEADER_BYTES >> 20} MiB beside them, got "
+            f"{len(changed)} and {int.from_bytes(payload[:8], 'little') >> 20} MiB; use shorter labels, or fewer"
+        )
+    return payload
 
 
 def apply_increment(before: State, payload: bytes, *, source: str) -> State:

@@ -101,6 +101,7 @@ def recall(registry: Registry, ref: str, *, quarantined: bool = False) -> Memory
         knowledge = Knowledge.from_tensors(state.tensors, state.facts["knowledge"])  # type: ignore[arg-type]
     except (KeyError, TypeError, ValidationError) as error:
         raise PayloadError(f"{version.ref} does not say how it was learned: {error}") from error
+    state = _apart(state, knowledge)
     return Memory(version=version, state=state, knowledge=knowledge, forgotten=forgotten, stream=stream)
 
 
@@ -177,7 +178,14 @@ def threads(count: int) -> Iterator[None]:
 def state_of(knowledge: Knowledge, forgotten: Sequence[str]) -> State:
     """Return what the registry keeps of some knowledge and of what is no part of it any more."""
     tensors, facts = knowledge.to_tensors()
-    return State(tensors, {"knowledge": facts, "forgotten": list(forgotten)})
+    return _apart(State(tensors, {"knowledge": facts, "forgotten": list(forgotten)}), knowledge)
+
+
+def _apart(state: State, knowledge: Knowledge) -> State:
+    """Return a state that does not change with the knowledge, whose adapters the published code writes into."""
+    if not knowledge.settings.official_compat:
+        return state
+    return State({name: tensor.clone() for name, tensor in state.tensors.items()}, state.facts)
 
 
 def feature_adapter(knowledge: Knowledge) -> AdapterWeights:

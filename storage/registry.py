@@ -216,9 +216,18 @@ class Registry(RegistryReader):
         """Keep versions from being exported, used or pointed at; their aliases move to ``instead``, or are removed."""
         return self._write(lambda c: quarantine(c, refs, reason, instead=instead))
 
-    def record_certificate(self, new: NewCertificate) -> Certificate:
-        """Record how a request to forget was met, chained by the audit log; AdapterNotFound if it names what is not."""
-        return self._write(lambda c: certificates.record(c, new))
+    def record_certificate(self, new: NewCertificate, *, quarantined: Sequence[str] = ()) -> Certificate:
+        """Record how a request to forget was met, chained by the audit log; AdapterNotFound if it names what is not.
+
+        The versions ``quarantined`` are put into quarantine for its reason in the same transaction.
+        """
+
+        def record(connection: sa.Connection) -> Certificate:
+            if quarantined:
+                quarantine(connection, quarantined, new.reason)
+            return certificates.record(connection, new)
+
+        return self._write(record)
 
     def withdraw(self, client: str, reason: str) -> int:
         """Let no update of a client count any more, and delete their bytes; return how many updates there were."""

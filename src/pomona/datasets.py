@@ -283,6 +283,8 @@ def _checked(where: str, cells: Mapping[str, object], needed: tuple[str, ...]) -
             raise DataError(f"{where}: the {column} is empty; fill it in or drop the row")
         if _SURROGATE.search(cell):
             raise DataError(f"{where}: the {column} holds half a surrogate pair, which UTF-8 cannot carry")
+        if column == "label" and "\0" in cell:
+            raise DataError(f"{where}: the label holds a NUL character, which a database cannot carry; drop it")
     others = {name: _cell(cell) for name, cell in cells.items() if name not in ("text", "split")}
     if "label" in others:
         others["label"] = others["label"].strip()

@@ -7,7 +7,7 @@ from torch import Tensor
 from pomona.continual.alignment import aligned_head, drawn_features
 from pomona.continual.heads import LinearHead
 from pomona.continual.statistics import ClassStatistics
-from pomona.errors import DataError
+from pomona.errors import ConfigError, DataError
 from pomona.mos_settings import AlignmentSettings
 
 WIDTH = 8
@@ -40,6 +40,13 @@ def test_a_head_of_tasks_that_were_never_compared_is_mended() -> None:
     assert not aligned.weight.requires_grad
     again = aligned_head(head, classes, settings=SETTINGS, generator=generator())
     assert torch.equal(aligned.weight, again.weight)
+
+
+def test_a_head_that_is_not_finite_is_refused() -> None:
+    wild = SETTINGS.model_copy(update={"learning_rate": 1e30})
+    classes = [ClassStatistics.of(rows_of(c, 40)) for c in range(4)]
+    with pytest.raises(ConfigError, match="diverged; lower learning_rate"):
+        aligned_head(LinearHead.zeros(4, WIDTH), classes, settings=wild, generator=generator())
 
 
 def test_as_many_features_of_unit_length_are_drawn_of_each_class() -> None:

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from pomona.continual.discriminant import gaussian_head, within_covariance
 from pomona.continual.heads import CosineHead
-from pomona.continual.statistics import ClassStatistics
+from pomona.continual.statistics import ClassStatistics, shrunk
 from pomona.errors import DataError
 
 WIDTH = 12
@@ -78,6 +78,15 @@ def test_classes_that_differ_where_they_vary_least_are_told_apart_with_many_exam
     found = accuracy_of(gaussian_head(kept, prior=3.0, sphere_examples=10.0).logits(test), 100)
     linear_share = gaussian_head(kept, prior=3.0, sphere_examples=33.0)  # 10 examples in 110 were a share of 9 %, too
     assert found >= accuracy_of(linear_share.logits(test), 100) + 0.05
+
+
+def test_the_covariance_of_classes_of_unequal_size_is_pooled_and_shrunk() -> None:
+    kept = [ClassStatistics.of(rows_of(n, c)) for c, n in enumerate((6, 10, 14))]
+    plain = within_covariance(kept)
+    sphere = float(plain.trace()) / WIDTH * torch.eye(WIDTH, dtype=torch.float64)
+    assert_close(within_covariance(kept, sphere_examples=30.0), plain / 10 + sphere * 9 / 10)
+    pooled = sum((each.count - 1) * each.covariance() for each in kept)
+    assert_close(plain, shrunk(pooled / 27, 27))
 
 
 def test_diagonal_statistics_give_a_head_too() -> None:

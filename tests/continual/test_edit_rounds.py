@@ -108,6 +108,18 @@ def test_one_owner_of_all_rows_is_how_classes_are_forgotten_at_one_place(known: 
     assert state.losses == expected.losses
 
 
+def test_no_block_is_shrunk_before_the_warm_up_is_over(known: Taught) -> None:
+    sparse = SHORT.model_copy(update={"steps": 4, "warm_up": 0.5, "sparsity": 1e3})
+    dense = sparse.model_copy(update={"sparsity": 0.0})
+    one, other = start_edit(known.encoder, rank=2, seed=0), start_edit(known.encoder, rank=2, seed=0)
+    for number in range(3):
+        assert same_bytes(bytes_of(one.adapter), bytes_of(other.adapter)), number
+        one = forget_step(one, shares_of(known, [known.train], one, sparse), sparse)
+        other = forget_step(other, shares_of(known, [known.train], other, dense), dense)
+    assert changed_groups(one.adapter) == ()
+    assert len(changed_groups(other.adapter)) == 2
+
+
 def test_cut_off_it_goes_on_to_the_same_bytes_with_owners_that_start_anew(known: Taught) -> None:
     halves = [known.train.subset(torch.arange(start, len(known.train), 2)) for start in (0, 1)]
     whole = start_edit(known.encoder, rank=SHORT.rank, seed=0)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from pomona.continual.discriminant import gaussian_head
 from pomona.continual.encoder import FrozenEncoder, States
 from pomona.continual.knowledge import Knowledge, nothing_known
 from pomona.continual.learner import TaskData, accuracy, data_of_tasks, run_stream
@@ -163,11 +164,50 @@ def test_edits_are_under_what_is_learned_after_them(encoder: FrozenEncoder, spli
     assert not torch.equal(scores(encoder, edited, test[1].states), scores(encoder, unedited, test[1].states))
 
 
+@pytest.mark.parametrize("experts", [1, 2, 3])
+def test_the_combined_answer_is_its_formula(encoder: FrozenEncoder, splits: Splits, experts: int) -> None:
+    """The slow oracle goes example by example, through each of the likeliest tasks by itself."""
+    train, test = streams(splits, TASKS)
+    given = settings_of(experts=experts, expert_weight=0.7, temperature=3.0)
+    known, states = learned(encoder, train, given), test[0].states + test[1].states
+    head = gaussian_head(known.first, prior=given.prior, sphere_examples=given.sphere_examples)
+    first = encoder.all_features(states, known.adapter(0))
+    general = (head.logits(first) / 3.0).log_softmax(1)
+    for row, found in zip(range(len(states)), scores(encoder, known, states), strict=True):
+        shares = {t: float(general[row].exp()[known.task_of == t].sum()) for t in range(3)}
+        logits = torch.full((4,), -torch.inf, dtype=torch.float64)
+        for task in sorted(shares, key=shares.__getitem__)[-experts:]:
+            feature = encoder.all_features(states.subset([row]), known.adapter(task))
+            own = known.tasks[task].head.logits(feature)[0].double().log_softmax(0)
+            logits[known.task_of == task] = general[row][known.task_of == task] + 0.7 * own
+        torch.testing.assert_close(found, logits.softmax(0).float(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_head_is_aligned_from_the_second_task_on(encoder: FrozenEncoder, splits: Splits) -> None:
+    train, _ = streams(splits, PAIRS)
+    for head, changes in (("aligned", True), ("combined", False)):
+        known = learned(encoder, train, settings_of(head))
+        apart = torch.cat([task.head.weight for task in known.tasks])
+        assert torch.equal(known.head.weight, apart) is not changes
+
+
 def test_a_forgotten_class_is_never_the_answer(encoder: FrozenEncoder, splits: Splits) -> None:
     train, test = streams(splits, PAIRS)
     known = learned(encoder, train, settings_of()).without(["animal", "food"])
     assert scores(encoder, known, test[0].states).shape[1] == 2
     assert accuracy(predict(encoder, known, test[1].states), test[1].targets - 2) > 0.8
+
+
+@pytest.mark.parametrize("head", ["combined", "gaussian", "aligned", "ridge", "ridge-own"])
+def test_what_was_read_back_answers_where_a_task_has_no_class_left(
+    encoder: FrozenEncoder, splits: Splits, head: HeadKind
+) -> None:
+    """Read from tensors, a head without rows has no width either."""
+    train, test = streams(splits, TASKS)
+    known = learned(encoder, train, settings_of(head)).without(["tool"])
+    restored, states = Knowledge.from_tensors(*known.to_tensors()), test[0].states + test[2].states
+    assert torch.equal(scores(encoder, restored, states), scores(encoder, known, states))
+    assert accuracy(predict(encoder, restored, test[2].states), test[2].targets - 1) > 0.8
 
 
 def test_what_cannot_be_learned_is_refused(encoder: FrozenEncoder, splits: Splits) -> None:

@@ -187,7 +187,9 @@ def test_gradients_of_another_step_or_of_too_many_rows_are_refused(ridge: Learne
     ("spoil", "says"),
     [
         (times("1.own.moment", 3.0), "features of length 1"),
+        (times("1.first.moment", 3.0), "features of length 1"),
         (times("1.own.before", 50.0), "sum before"),
+        (times("1.first.before", 50.0), "sum before"),
         (times("0.first.count", -1), "negative one"),
         (times("1.own.count", 2), "same examples of task 2"),
         (times("0.ridge.total.gram", -1.0), "no sums of random features"),
@@ -231,6 +233,8 @@ def test_scores_add_up_and_right_answers_are_no_more_than_examples(ridge: Learne
     for spoil in (times("counts", 0), times("right", -1), times("counts", 1000)):
         with pytest.raises(PayloadError, match="expected right answers among at most 100"):
             decode_scores(spoiled(payload, spoil), CLASSES, sets=1, max_rows=100)
+    with pytest.raises(PayloadError, match=f"at most {len(names) - 1} examples"):
+        decode_scores(payload, CLASSES, sets=1, max_rows=len(names) - 1)
 
 
 def known_payload(known: Learned) -> bytes:
@@ -266,6 +270,16 @@ def test_what_is_known_comes_back_to_the_byte(ridge: Learned) -> None:
                 {"task.1.lora_A.other": torch.zeros(2, 3), "task.1.lora_B.other": torch.zeros(3, 2)}
             ),
             "layers of this encoder",
+        ),
+        (
+            lambda tensors: tensors.update(
+                {
+                    f"task.1.ridge.{part}.{name}": torch.zeros(*shape, dtype=torch.float64)
+                    for part in ("total", "held_out")
+                    for name, shape in (("gram", (15 * 16 // 2,)), ("cross", (15, 2)))
+                }
+            ),
+            r"expected gram of sums of random features .* shape \(16, 16\)",
         ),
     ],
 )

@@ -12,11 +12,13 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from pomona.adapters import LoraFactors
-from pomona.continual.heads import LinearHead
+from pomona.continual.discriminant import gaussian_head
+from pomona.continual.heads import LinearHead, NormalEquations, RidgeSums, random_projection, ridge_head
 from pomona.continual.knowledge import TaskKnowledge
 from pomona.continual.share import TaskStart, TrainedShare, averaged, pooled, summed_share
 from pomona.continual.share_payload import ShareFacts, decode_sums, encode_sums
-from pomona.continual.share_verification import verify_sums
+from pomona.continual.share_verification import check_class, check_ridge, verify_sums
+from pomona.continual.statistics import ClassStatistics
 from pomona.continual.tasks import Task
 from pomona.errors import ConfigError, PayloadError
 from pomona.mos_settings import MosSettings
@@ -91,6 +93,11 @@ LIES: dict[str, tuple[Change, str]] = {
     "long sums": (lambda t, _: t["statistics.total"].mul_(2.5), "the sums of class"),
     "short features": (lambda t, _: t["statistics.moment"].mul_(0.5), "expected features of length 1"),
     "ridge count": (lambda _, f: f["ridge"].update(total=3), "expected ridge sums of 12"),  # type: ignore[attr-defined]
+    "a little not positive": (
+        lambda t, _: t["first.moment"].add_(4e-5 * (torch.arange(15) == WIDTH) - 4e-5 * (torch.arange(15) == 0)),
+        "a variance would be",
+    ),
+    "ridge held out count": (lambda _, f: f["ridge"].update(held_out=13), "got 12 and 13"),  # type: ignore[attr-defined]
     "ridge held out": (lambda t, _: t["ridge.held_out.gram"].mul_(9.0), "no sums of random features"),
     "ridge negative": (lambda t, _: t["ridge.total.cross"].neg_(), "no sums of random features"),
     "ridge huge": (lambda t, _: t["ridge.total.gram"].mul_(1e200), "features of length 1"),
@@ -122,6 +129,37 @@ def test_a_class_without_examples_has_no_sums() -> None:
     text = json.loads(payload(part, 4)[8 : 8 + size])["__metadata__"]["pomona"]
     with pytest.raises(PayloadError, match="class 'c' has no examples, but sums"):
         taken(save(tensors, {"pomona": text}))
+
+
+@pytest.mark.parametrize("count", [10_000, 10_000_000])
+@pytest.mark.parametrize("spread", [0.0, 1e-8, 1e-4])
+def test_sums_that_use_up_what_the_check_lets_pass_leave_a_head_to_solve(count: int, spread: float) -> None:
+    """A variance just below zero, over more examples than all others have, made every covariance no covariance."""
+    width = 48
+    directions = torch.zeros(3, width, dtype=torch.float64)
+    directions[0, 0], directions[1, 1], directions[2, 2] = 1.0 - spread, spread, -0.9e-9
+    mean = directions[0].sqrt()
+    lie = ClassStatistics(count, count * mean, count * (torch.outer(mean, mean) + directions[1:].sum(0).diag()))
+    check_class("a", lie)
+    rows = torch.nn.functional.normalize(torch.randn(40, width, generator=torch.Generator().manual_seed(1)), dim=1)
+    honest = [ClassStatistics.of(part) for part in rows.split(20)]
+    for classes in ([lie, lie], [honest[0], lie], [honest[0], honest[1] + lie]):
+        logits = gaussian_head(classes, prior=3.0, sphere_examples=10.0).logits(rows)
+        assert bool(logits.isfinite().all())
+        for each in classes:
+            assert bool(each.sample(3, torch.Generator()).isfinite().all())
+
+
+def test_ridge_sums_that_use_up_what_the_check_lets_pass_can_be_solved() -> None:
+    projection = random_projection(WIDTH, RIDGE.ridge_dimensions, seed=RIDGE.seed)
+    count, side = 3_000_000, RIDGE.ridge_dimensions
+    scale = float(torch.linalg.matrix_norm(projection, 2)) ** 2 * count
+    gram, cross = torch.zeros(side, side, dtype=torch.float64), torch.zeros(side, CLASSES, dtype=torch.float64)
+    gram[:2, :2] = 0.1 * scale
+    gram[0, 1] = gram[1, 0] = (0.1 + 0.9e-9) * scale
+    lie = RidgeSums(NormalEquations(gram, cross, count), NormalEquations(0 * gram, cross, 0))
+    check_ridge(lie, [count, 0, 0], RIDGE, width=WIDTH)
+    assert bool(ridge_head(lie, projection=projection, regularization=1e-6).weight.isfinite().all())
 
 
 def trained(examples: int, *, seed: int) -> TrainedShare:

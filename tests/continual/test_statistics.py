@@ -93,6 +93,16 @@ def test_one_example_is_its_own_sample(moments: Moments) -> None:
     assert_close(drawn, features(1).double().expand(5, -1), rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("moments", MOMENTS)
+@pytest.mark.parametrize("count", [2, 7, 50, 1000])
+def test_one_example_many_times_has_no_spread(moments: Moments, count: int) -> None:
+    """The difference of the sums is rounding, whose sign would decide whether there is a normal distribution at all."""
+    rows = torch.nn.functional.normalize(features(1), dim=1).expand(count, -1) * (1 + 1e-7 * features(count)[:, :1])
+    many = ClassStatistics.of(rows, moments=moments)
+    assert not many.covariance().any()
+    assert_close(many.sample(5, torch.Generator().manual_seed(0)), many.mean().expand(5, -1), rtol=0, atol=1e-9)
+
+
 def test_compression_keeps_variances_exactly_and_is_exact_at_full_rank() -> None:
     full = ClassStatistics.of(features(60))
     errors = []

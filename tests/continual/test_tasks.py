@@ -37,6 +37,7 @@ def test_a_column_of_numbers_gives_their_order_and_one_of_words_that_of_appearan
         Task(1, ("tin",)), Task(2, ("oak",)), Task(3, ("cat", "dog")),
     )  # fmt: skip
     assert learning_order(tasks_by_column(labels, ["x", "9", "x", "x", "a"])) == ("cat", "dog", "oak", "tin")
+    assert learning_order(tasks_by_column(labels[1:3], ["9" * 5000, "1"])) == ("oak", "cat")
 
 
 def test_what_is_no_stream_is_refused() -> None:

@@ -59,6 +59,16 @@ def test_only_what_is_trained_changes_and_the_start_does_not(encoder: FrozenEnco
     assert torch.equal(trained.logits(features).argmax(1), TARGETS)
 
 
+def test_a_batch_may_be_larger_than_any_data(encoder: FrozenEncoder) -> None:
+    """Passes were counted by examples, so that this took hours before the first step."""
+    states, start = encoder.of_texts(TEXTS, max_length=16), fresh_adapter(encoder, rank=2, alpha=4.0, seed=0)
+    found = []
+    for size in (len(TEXTS), 10**9):
+        settings, head = LOOP.model_copy(update={"batch_size": size}), LinearHead.zeros(2, encoder.width)
+        found.append(train_adapter(encoder, states, TARGETS, start=start, head=head, settings=settings, seed=1))
+    assert torch.equal(found[0][1].weight, found[1][1].weight)
+
+
 def test_what_a_step_returns_is_gone_on_with(encoder: FrozenEncoder) -> None:
     states, start = encoder.of_texts(TEXTS, max_length=16), fresh_adapter(encoder, rank=2, alpha=4.0, seed=0)
     head = LinearHead.zeros(2, encoder.width)

@@ -196,6 +196,23 @@ def test_interrupted_it_is_asked_for_again_and_nothing_is_done_twice(
     assert "client-1 was forgotten already, and nothing was left to do: certificate 1" in capsys.readouterr().out
 
 
+def test_killed_where_nothing_is_left_it_is_certified_when_asked_for_again(
+    registry: Registry,
+    make_settings: MakeSettings,
+    federate: Callable[..., list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Quarantine without a certificate would have said that nothing was left to do."""
+    federate(registry, make_settings(rounds=1), (0,))
+    with monkeypatch.context() as patch:
+        patch.setattr("pomona.storage.certificates.record", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            remove_client(registry, "client-0")
+    (removal,), _ = remove_client(registry, "client-0")
+    assert removal.certificate.affected == ("toy/1",)
+    assert "nothing is left" in registry.resolve("toy/1").quarantined
+
+
 def test_a_run_that_was_cut_off_does_not_go_on_from_what_is_in_quarantine(
     registry: Registry, make_settings: MakeSettings, federate: Callable[..., list[str]]
 ) -> None:

@@ -159,6 +159,10 @@ LIES: dict[str, tuple[Tamper, str]] = {
         at("step", with_tensors(lambda t: [each.mul_(1e9).add_(1e9) for each in t.values()]), number=2),
         "Frobenius norm",
     ),
+    "a loss that no mean can be taken of": (
+        at("step", with_facts(retained_loss=1.7e308), number=2),
+        "retained_loss: Input should be less than",
+    ),
     "another step": (at("step", with_facts(number=0), number=1), "gradients of step 1"),
     "other rows": (at("step", with_facts(forgotten=1), number=1), "as before; got"),
     "another client": (at("moves", with_facts(client="client-0")), "expected client 'client-1', got 'client-0'"),
@@ -292,6 +296,18 @@ def test_a_version_published_meanwhile_ends_the_request(
     assert len(registry.certificates("things")) == 1
     with pytest.raises(VersionConflict, match="somebody published another version; start a new run"):
         run_federation(InProcessGrid(make_nodes(1)), make_settings(), registry, run_id=RUN)
+
+
+def test_an_edit_that_diverges_is_said_to_by_the_client(
+    registry: Registry, make_settings: MakeSettings, make_nodes: MakeNodes
+) -> None:
+    nodes = make_nodes(1)
+    with pytest.raises(PomonaError, match="step 1 of the request needs 1 answers"):
+        run_federation(
+            InProcessGrid(nodes), make_settings(SHORT.model_copy(update={"learning_rate": 1e30})), registry, run_id=RUN
+        )
+    (told,) = nodes[0].told
+    assert "forgetting diverged at step 1, its loss is nan; the run needs a lower learning_rate" in told
 
 
 def test_a_client_that_was_started_in_the_middle_says_so(

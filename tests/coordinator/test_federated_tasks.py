@@ -23,11 +23,13 @@ from pomona.coordinator.beginning import begin_run
 from pomona.coordinator.client_removal import remove_client
 from pomona.coordinator.continual_settings import EncoderSettings
 from pomona.coordinator.federation import run_federation
+from pomona.coordinator.forgetting import ForgetRequest, forget
 from pomona.coordinator.learning import LearnRequest, learn
 from pomona.coordinator.memory import recall
 from pomona.coordinator.predicting import predict
 from pomona.datasets import load_dataset
 from pomona.errors import DataError, ServerGone, VersionConflict, VersionQuarantined
+from pomona.forget_settings import ForgetSettings
 from pomona.protocol import SUMS, TASK
 from pomona.settings import RunSettings
 from pomona.storage.opening import open_registry
@@ -396,3 +398,43 @@ def test_a_client_is_forgotten_with_the_tasks_that_it_had_a_part_in(
     (again,) = run_federation(InProcessGrid(make_nodes(1)), more, registry, run_id="run-2")
     assert (again.ref, recall(registry, "things").knowledge.classes) == ("things/4", (*TASKS[0], *TASKS[1]))
     assert verify(registry).problems == ()
+
+
+@pytest.fixture
+def wish(write: Write) -> ForgetRequest:
+    settings = ForgetSettings(steps=2, rank=2)
+    return ForgetRequest(
+        name="things", classes=("tool",), data=write("train"), test=write("test"), settings=settings, seed=1
+    )
+
+
+def test_going_back_for_a_client_brings_back_nothing_that_was_forgotten_since(
+    registry: Registry, make_settings: MakeSettings, make_nodes: MakeNodes, wish: ForgetRequest
+) -> None:
+    """What it goes back to never knew the class, and so did not know that it was to be forgotten."""
+    nodes = make_nodes(2, lambda row, label: 0 if label in TASKS[0] else row % 2)
+    run_federation(InProcessGrid(nodes), make_settings(), registry, run_id=RUN)
+    forget(registry, wish)
+    remove_client(registry, "client-1")
+    left = recall(registry, "things")
+    assert (left.version.ref, left.knowledge.classes, left.forgotten) == ("things/4", TASKS[0], ("tool",))
+    more = make_settings(continual={"tasks": TASKS[1:], "rounds_per_task": 1, "mos": MOS})
+    with pytest.raises(DataError, match="'tool' was to be forgotten"):
+        run_federation(InProcessGrid(make_nodes(1)), more, registry, run_id="run-2")
+    assert verify(registry).problems == ()
+
+
+def test_going_back_for_a_client_is_not_the_request_that_it_goes_back_to(
+    registry: Registry, make_settings: MakeSettings, make_nodes: MakeNodes, wish: ForgetRequest, write: Write
+) -> None:
+    """Asked for the same again, the certificate of the client, which says exact, was told as that of the class."""
+    nodes = make_nodes(2, lambda _row, label: 0 if label in TASKS[0] else 1)
+    one, two = (make_settings(continual={"tasks": [each], "rounds_per_task": 1, "mos": MOS}) for each in TASKS)
+    run_federation(InProcessGrid(nodes[:1]), one, registry, run_id=RUN)
+    wish = replace(wish, classes=("food",), data=write("train", TASKS[0]), test=write("test", TASKS[0]))
+    forget(registry, wish)
+    run_federation(InProcessGrid(nodes[1:]), two, registry, run_id="run-2")
+    remove_client(registry, "client-1")
+    assert recall(registry, "things").version.recipe["rolled_back_to"] == "things/2"
+    with pytest.raises(DataError, match="things/4 has forgotten 'food' already"):
+        forget(registry, wish)

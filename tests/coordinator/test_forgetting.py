@@ -114,6 +114,21 @@ def test_a_forgotten_class_comes_back_only_if_asked_for(
     assert verify(learned).problems == ()
 
 
+def test_a_class_that_was_learned_again_is_forgotten_no_better_than_the_first_time(
+    learned: Registry, wish: ForgetRequest, things: LearnRequest, write: Write
+) -> None:
+    """Its new task is one of a single class, whose head is not trained; that of its first task is, and in use."""
+    first = forget(learned, wish)
+    assert "the head of task" in first.certificate.reason
+    learn(learned, replace(things, data=write("train", ("food",)), classes_per_task=1, relearn=["food"]))
+    second = forget(learned, wish)
+    assert first.exactness == second.exactness == "behavioural"
+    assert "; certificate 1 says what is in use of when it was learned before" in second.certificate.reason
+    assert list(second.certificate.affected) == ["things/2", "things/4"]
+    other = forget(learned, replace(wish, classes=("tool",)))
+    assert "says what is in use" not in other.certificate.reason
+
+
 def test_learning_on_looks_whether_what_was_forgotten_is_told_again(
     learned: Registry, wish: ForgetRequest, things: LearnRequest, tmp_path: Path
 ) -> None:

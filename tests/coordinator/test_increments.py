@@ -54,6 +54,11 @@ def test_nan_and_negative_zero_stay_as_they_are() -> None:
     assert found.tensors["x"].view(torch.int32).tolist() == after.tensors["x"].view(torch.int32).tolist()
 
 
+def test_what_could_not_be_read_again_is_not_written() -> None:
+    with pytest.raises(PayloadError, match="16 MiB beside them, got 1 and 17 MiB; use shorter labels"):
+        encode_increment(NOTHING, State({"x": torch.ones(1)}, {"classes": ["a" * (17 << 20)]}))
+
+
 def test_an_increment_on_another_state_is_refused() -> None:
     one, other = State({"x": torch.ones(2)}), State({"x": torch.ones(2), "y": torch.ones(1)})
     payload = encode_increment(one, other)

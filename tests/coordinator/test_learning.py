@@ -9,7 +9,9 @@ import pytest
 from tests.coordinator.things import ANIMAL_FOOD, TOOL_WEATHER, Write
 
 from pomona.coordinator.continual_settings import ContinualSettings, load_continual_settings
+from pomona.coordinator.forgetting import ForgetRequest, forget
 from pomona.coordinator.learning import LearnRequest, learn
+from pomona.coordinator.memory import recall
 from pomona.coordinator.predicting import predict
 from pomona.datasets import load_dataset
 from pomona.errors import AdapterNotFound, BaseModelError, ConfigError, DataError, PomonaError, VersionConflict
@@ -69,6 +71,21 @@ def test_more_classes_can_be_learned_later_from_their_own_file(
     assert {row.label for row in predict(registry, "things", write("test")).rows} == {*ANIMAL_FOOD, *TOOL_WEATHER}
     with pytest.raises(DataError, match="classes that were learned before: 'animal', 'food'"):
         learn(registry, replace(first, classes_per_task=1))
+
+
+def test_what_the_published_code_overwrites_is_still_what_versions_are_made_of(
+    registry: Registry, things: LearnRequest
+) -> None:
+    """It writes into adapters as it answers; a version made on what was written could not be read again."""
+    mos = things.settings.mos.model_copy(update={"head": "aligned", "official_compat": True})
+    asked = replace(things, settings=things.settings.model_copy(update={"mos": mos}))
+    learn(registry, asked)
+    request = ForgetRequest(
+        name="things", classes=("food",), data=things.data, test=things.test, settings=things.settings.forget
+    )
+    forget(registry, request)
+    for version in registry.versions("things"):
+        recall(registry, version.ref, quarantined=True)
 
 
 class Cut(Exception):
