@@ -117,10 +117,7 @@ def recheck(
     gone = wanted - set(known.classes) - unchecked.keys()
     unchecked |= dict.fromkeys(gone, "its task is no part of what is known")
     looked_at = (wanted | set(forgets)) & set(known.classes)
-    places = [i for i, label in enumerate(test.labels) if label in looked_at]
-    found = Scores({}, {})
-    if places:
-        found = scores_of(encoder, known, test.states.subset(places), [test.labels[i] for i in places])
+    found = _scored(encoder, known, test, looked_at)
     back = [
         label
         for label in sorted(wanted & looked_at)
@@ -171,6 +168,13 @@ def reappears(right: int, rows: int, *, after: float) -> bool:
         (True, False, False)
     """
     return right - after * rows > max(TOLERANCE * rows, 1.0) + 1e-9
+
+
+def _scored(encoder: FrozenEncoder, knowledge: Knowledge, test: Rows, labels: Collection[str]) -> Scores:
+    places = [i for i, label in enumerate(test.labels) if label in labels]
+    if not places:
+        return Scores({}, {})
+    return scores_of(encoder, knowledge, test.states.subset(places), [test.labels[i] for i in places])
 
 
 def _stated(found: Scores, *, reappeared: Sequence[str] = (), unchecked: Mapping[str, str]) -> Recheck:
