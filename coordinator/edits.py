@@ -14,6 +14,7 @@ from pomona.continual.scores import Scores
 from pomona.continual.verification import Assessment, assess
 from pomona.coordinator.increments import encode_increment
 from pomona.coordinator.memory import Memory, feature_adapter, recipe, state_of
+from pomona.coordinator.reemergence import Recheck
 from pomona.storage.certificates import Certificate, NewCertificate
 from pomona.storage.learned import ClosedRound, NewLearned
 from pomona.storage.records import Parent, Version
@@ -33,12 +34,14 @@ class Edit:
         before: Scores before the request.
         edited: After it, with the classes' rows and statistics still there.
         left: Of what is to be used.
+        rechecked: What became of the classes of earlier requests, and what later changes are compared with.
     """
 
     met: MetRequest
     before: Scores
     edited: Scores
     left: Scores
+    rechecked: Recheck
 
 
 def publish_edit(
@@ -86,7 +89,13 @@ def publish_edit(
             exactness="behavioural"
             if "behavioural" in (verdict.exactness, memory.version.exactness)
             else "approximate",
-            recipe={**made, "request": asked, "groups_changed": list(found.groups_changed), **_names(clients)},
+            recipe={
+                **made,
+                "request": asked,
+                "groups_changed": list(found.groups_changed),
+                **edit.rechecked.facts(),
+                **_names(clients),
+            },
             metrics=_metrics(memory, classes, edit, told),
             expected_head=memory.version.ref,
             parents=[Parent(ref=memory.version.ref, kind="forget")],
@@ -185,16 +194,15 @@ def _kept(memory: Memory, classes: Sequence[str], scores: Scores) -> set[str]:
 
 
 def _metrics(memory: Memory, classes: Sequence[str], edit: Edit, told: Assessment) -> dict[str, float]:
-    found = {
+    return {
         "accuracy": edit.left.accuracy(_kept(memory, classes, edit.left)),
         "acc_forget": told.acc_forget,
         "acc_retain": told.acc_retain,
         "h_mean": told.h_mean,
         "groups_total": float(edit.met.forgotten.groups_total),
         "groups_changed": float(len(edit.met.forgotten.groups_changed)),
+        **edit.rechecked.metrics(memory.forgotten),
     }
-    earlier = told.acc_forgotten_earlier
-    return found if earlier is None else {**found, "acc_forgotten_earlier": earlier}
 
 
 def _evidence(memory: Memory, classes: Sequence[str], edit: Edit, told: Assessment) -> dict[str, object]:

@@ -7,7 +7,7 @@ again; what was killed before the transaction is done again, to the same bytes.
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 
@@ -18,7 +18,9 @@ from pomona.continual.requests import forget_in_knowledge
 from pomona.continual.scores import scores_of
 from pomona.coordinator.edits import Edit, publish_edit
 from pomona.coordinator.memory import Memory, find_base, newest, open_encoder, recall, threads
+from pomona.coordinator.reemergence import recheck, recheck_of
 from pomona.coordinator.streams import read_split
+from pomona.coordinator.task_scores import encoded
 from pomona.datasets import Dataset, check_labels
 from pomona.errors import DataError
 from pomona.failpoints import reach
@@ -57,10 +59,13 @@ class ForgetRequest:
 class Forgotten:
     """How a request was met; accuracies are of the edited adapter, before the classes lose their rows of the head.
 
+    So are those on classes of earlier requests, with the rows that they last had.
+
     Attributes:
         acc_forget: On the classes to forget.
         acc_retain: On all classes of no request.
-        acc_forgotten_earlier: On the classes of earlier requests; None where there are none with test examples.
+        acc_forgotten_earlier: On all test rows of the classes of earlier requests; None where there are none, or one
+            of the classes could not be looked at.
         h_mean: Of ``acc_retain`` and of what ``acc_forget`` lost.
         exactness: How far it holds.
         groups_total: Transformer blocks that the forget-adapter could change.
@@ -68,6 +73,8 @@ class Forgotten:
         certificate: What was recorded.
         adapter: Reference of the version without the classes.
         seconds: Of this call.
+        reappeared: Classes of earlier requests that would be told again, had they kept their rows of heads.
+        unchecked: Why it could not be looked whether others would.
     """
 
     acc_forget: float
@@ -80,6 +87,8 @@ class Forgotten:
     certificate: Certificate
     adapter: str
     seconds: float
+    reappeared: Sequence[str] = ()
+    unchecked: Mapping[str, str] = field(default_factory=dict)
 
 
 def forget(registry: Registry, request: ForgetRequest) -> Forgotten:
@@ -164,15 +173,18 @@ def _edit(registry: Registry, request: ForgetRequest, memory: Memory, data: Data
         encoder, knowledge, examples, request.classes, settings=request.settings, seed=request.seed
     )
     reach("classes-forgotten")
-    states = encoder.of_texts(test.texts, max_length=memory.stream.max_length)
-    before, edited, left = (scores_of(encoder, each, states, test.labels) for each in (knowledge, met.edited, met.left))
-    return Edit(met=met, before=before, edited=edited, left=left)
+    held_out = encoded(encoder, test, max_length=memory.stream.max_length)
+    before, edited, left = (
+        scores_of(encoder, each, held_out.states, held_out.labels) for each in (knowledge, met.edited, met.left)
+    )
+    rechecked = recheck(registry, memory, encoder, met.left, held_out, forgets=request.classes)
+    return Edit(met=met, before=before, edited=edited, left=left, rechecked=rechecked)
 
 
 def _told(registry: Registry, version: Version, *, seconds: float) -> Forgotten:
     """Return what was found when a version was made."""
     certificate = next(item for item in registry.certificates(version.adapter) if item.version == version.ref)
-    scores = version.metrics
+    scores, rechecked = version.metrics, recheck_of(version)
     return Forgotten(
         acc_forget=scores["acc_forget"],
         acc_retain=scores["acc_retain"],
@@ -184,4 +196,6 @@ def _told(registry: Registry, version: Version, *, seconds: float) -> Forgotten:
         certificate=certificate,
         adapter=version.ref,
         seconds=seconds,
+        reappeared=rechecked.reappeared,
+        unchecked=rechecked.unchecked,
     )

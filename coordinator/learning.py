@@ -33,8 +33,9 @@ from pomona.coordinator.memory import (
     state_of,
     threads,
 )
+from pomona.coordinator.reemergence import Recheck, recheck, recheck_of
 from pomona.coordinator.streams import Past, Stream, check_stream, load_stream
-from pomona.coordinator.task_scores import Rows, encoded, stream_metrics, task_accuracies, told_again
+from pomona.coordinator.task_scores import Rows, encoded, stream_metrics, task_accuracies
 from pomona.datasets import Dataset
 from pomona.errors import VersionConflict
 from pomona.failpoints import reach
@@ -81,7 +82,8 @@ class Learned:
         tasks: The tasks of the stream.
         matrix: Accuracy on each task after each task, as far as there are any.
         seconds: Of this call.
-        reappeared: Classes of earlier requests to forget that are told again.
+        reappeared: Classes of earlier requests to forget that would be told again, had they kept their rows of heads.
+        unchecked: Why it could not be looked whether others would.
     """
 
     adapter: str
@@ -89,6 +91,7 @@ class Learned:
     matrix: AccuracyMatrix
     seconds: float
     reappeared: Sequence[str] = ()
+    unchecked: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def average_accuracy(self) -> float:
@@ -206,7 +209,7 @@ def _learn_on(registry: Registry, request: LearnRequest, plan: _Plan, source: st
         reach("task-learned")
         scores = task_accuracies(encoder, knowledge, plan.stream.tasks[: task.number], test)
         record = record.model_copy(update={"done": task.number, "rows": (*record.rows, scores)})
-        told = told_again(encoder, knowledge, memory.forgotten if memory else (), task, test)
+        told = recheck(registry, memory, encoder, knowledge, test, relearned=task.classes)
         memory = _publish(registry, request, memory, knowledge, record, told, source, path)
         reach("version-published")
         show(_learned(memory, plan.stream))
@@ -230,7 +233,7 @@ def _publish(
     memory: Memory | None,
     knowledge: Knowledge,
     record: StreamRecord,
-    told: Mapping[str, float],
+    told: Recheck,
     source: str,
     path: Path,
 ) -> Memory:
@@ -249,8 +252,8 @@ def _publish(
             rank=feature_adapter(knowledge).rank,
             kind="task",
             exactness=memory.version.exactness if memory else "exact",
-            recipe=recipe(knowledge, record, method="mos"),
-            metrics=stream_metrics(record, told),
+            recipe={**recipe(knowledge, record, method="mos"), **told.facts()},
+            metrics={**stream_metrics(record), **told.metrics(forgotten)},
             expected_head=head,
             parents=[Parent(ref=head, kind="task")] if head else [],
         )
@@ -261,11 +264,14 @@ def _publish(
 def _learned(memory: Memory, stream: Stream) -> Learned:
     record = memory.stream
     matrix = AccuracyMatrix(rows=record.rows, examples=record.examples)
-    back = bool(memory.version.metrics.get("acc_forgotten_earlier"))
-    known = sorted(set(memory.forgotten) & set(memory.knowledge.classes))
-    reappeared = known or (memory.forgotten if back else ())
+    told = recheck_of(memory.version)
     return Learned(
-        adapter=memory.version.ref, tasks=stream.tasks, matrix=matrix, seconds=0.0, reappeared=tuple(reappeared)
+        adapter=memory.version.ref,
+        tasks=stream.tasks,
+        matrix=matrix,
+        seconds=0.0,
+        reappeared=told.reappeared,
+        unchecked=told.unchecked,
     )
 
 

@@ -25,6 +25,7 @@ from pomona.continual.scores import Scores
 from pomona.coordinator.edits import Edit, publish_edit
 from pomona.coordinator.memory import newest, open_encoder
 from pomona.coordinator.recovery import committed_rounds, known_members
+from pomona.coordinator.reemergence import rechecked_by_clients
 from pomona.coordinator.request_answers import check_gradients, check_moves, check_scores
 from pomona.coordinator.request_terms import edited_memory
 from pomona.coordinator.task_answers import Asked
@@ -228,11 +229,13 @@ class RequestLoop(TaskExchange):
 
         self._exchange(work, "end", "scores", encode_known(met.edited), take, number=state.number)
         names = sorted(found)
+        edited = self._summed_scores([found[client][0] for client in names])
         return Edit(
             met=met,
             before=self._summed_scores([work.before[client] for client in names]),
-            edited=self._summed_scores([found[client][0] for client in names]),
+            edited=edited,
             left=self._summed_scores([found[client][1] for client in names]),
+            rechecked=rechecked_by_clients(self._memory, self._terms.classes, edited),
         )
 
     def _summed_scores(self, parts: Sequence[Scores]) -> Scores:

@@ -30,9 +30,10 @@ from pomona.coordinator.enrolment import choose_cohort
 from pomona.coordinator.increments import NOTHING, encode_increment
 from pomona.coordinator.memory import Memory, StreamRecord, feature_adapter, newest, open_encoder, recipe, state_of
 from pomona.coordinator.recovery import committed_rounds, known_members, unfinished_round, waiting_submissions
+from pomona.coordinator.reemergence import recheck
 from pomona.coordinator.task_answers import Asked, Summing, check_sums, check_trained, read_sums
 from pomona.coordinator.task_exchange import TRAINED_ONLY, TaskExchange, TaskInMaking
-from pomona.coordinator.task_scores import encoded, stream_metrics, task_accuracies, told_again
+from pomona.coordinator.task_scores import encoded, stream_metrics, task_accuracies
 from pomona.coordinator.task_stream import stream_record, tasks_of
 from pomona.errors import ConfigError, DataError, NotEnoughClients, UpdateRejected, VersionConflict
 from pomona.failpoints import reach
@@ -279,7 +280,8 @@ class TaskLoop(TaskExchange):
         forgotten = tuple(each for each in (before.forgotten if before else ()) if each not in work.task.classes)
         scores = task_accuracies(self._encoder, knowledge, self._tasks[: work.task.number], self._test)
         record = self._record.model_copy(update={"done": work.task.number, "rows": (*self._record.rows, scores)})
-        told = told_again(self._encoder, knowledge, before.forgotten if before else (), work.task, self._test)
+        told = recheck(self._registry, before, self._encoder, knowledge, self._test, relearned=work.task.classes)
+        told.log(_log)
         state, head = state_of(knowledge, forgotten), before.version.ref if before else ""
         version = self._registry.publish_round(
             NewVersion(
@@ -291,8 +293,8 @@ class TaskLoop(TaskExchange):
                 rank=feature_adapter(knowledge).rank,
                 kind="task",
                 exactness=before.version.exactness if before else "exact",
-                recipe={**recipe(knowledge, record, method="federated-mos"), "clients": _clients(work)},
-                metrics=stream_metrics(record, told),
+                recipe={**recipe(knowledge, record, method="federated-mos"), **told.facts(), "clients": _clients(work)},
+                metrics={**stream_metrics(record), **told.metrics(forgotten)},
                 weights=_weights(work),
                 reduced=dict.fromkeys(work.trained.keys() - work.summed.keys(), "its sums did not come"),
                 bytes_down=work.bytes_down,

@@ -1,6 +1,6 @@
 """How well everything learned so far is told, on held-out rows."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,30 +40,15 @@ def task_accuracies(
     return tuple(found)
 
 
-def told_again(
-    encoder: FrozenEncoder, knowledge: Knowledge, forgotten: Sequence[str], task: Task, test: Rows
-) -> dict[str, float]:
-    """Return how often each class that was to be forgotten is told, of those with test rows; 0 is wanted."""
-    wanted, answerer = set(forgotten) - set(task.classes), Answerer(encoder, knowledge)
-    found = {}
-    for label in sorted(wanted & set(test.labels)):
-        states = test.states.subset([i for i, each in enumerate(test.labels) if each == label])
-        answers = [knowledge.classes[place] for place in answerer.scores(states).argmax(1).tolist()]
-        found[label] = answers.count(label) / len(answers)
-    return found
-
-
-def stream_metrics(record: StreamRecord, told: Mapping[str, float]) -> dict[str, float]:
+def stream_metrics(record: StreamRecord) -> dict[str, float]:
     """Return what a version states of how well it tells all learned so far.
 
     Args:
         record: With the accuracies after its task.
-        told: How often each class that was to be forgotten is told.
     """
     matrix = AccuracyMatrix(rows=record.rows, examples=record.examples)
     return {
         "accuracy": last_accuracy(matrix),
         "average_accuracy": average_accuracy(matrix),
         "forgetting": forgetting(matrix),
-        **({"acc_forgotten_earlier": max(told.values())} if told else {}),
     }

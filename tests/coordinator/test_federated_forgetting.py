@@ -18,6 +18,7 @@ from pomona.coordinator.federation import run_federation
 from pomona.coordinator.forgetting import ForgetRequest, forget
 from pomona.coordinator.learning import LearnRequest, learn
 from pomona.coordinator.memory import recall
+from pomona.coordinator.reemergence import recheck_of
 from pomona.coordinator.summary import summarise
 from pomona.datasets import load_dataset, write_jsonl
 from pomona.errors import BaseModelError, DataError, PomonaError, ServerGone, VersionConflict
@@ -119,6 +120,8 @@ def test_one_client_with_all_rows_gives_the_version_of_one_place(
         (wanted,), (certificate,) = other.certificates("things"), registry.certificates("things")
     assert (found.ref, found.sha256, found.kind) == (expected.ref, expected.sha256, "forget")
     assert (found.metrics, found.exactness) == (expected.metrics, expected.exactness)
+    assert recheck_of(found) == recheck_of(expected)  # what later tasks are compared with
+    assert recheck_of(found).rows.keys() == {"food"}
     assert (certificate.reason, certificate.evidence) == (wanted.reason, wanted.evidence)
     assert certificate.affected == wanted.affected
     assert registry.resolve("things@champion").ref == found.ref
@@ -214,6 +217,9 @@ def test_who_has_no_rows_says_so_and_a_request_without_rows_ends(
     settings = make_settings(classes=("tool",), cohort=cohort)
     (version,) = run_federation(InProcessGrid(nodes), settings, registry, run_id="run-2")
     assert version.recipe["clients"] == {"trained": ["client-0"], "summed": ["client-0"]}
+    assert "acc_forgotten_earlier" not in version.metrics
+    assert "its rows stay with clients" in recheck_of(version).unchecked["food"]
+    assert recheck_of(version).rows.keys() == {"tool"}
     assert stages(nodes[1]) == ["begin"]
     assert nodes[1].told == []
     keepers = make_nodes(2, lambda _row, label: 1 if label == "weather" else 0)[:1]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pomona.cli.forget_client import AGAIN, forget_client
-from pomona.cli.learn import Base, Seed, Settings, Test
+from pomona.cli.learn import Base, Seed, Settings, Test, warn_of_reemergence
 from pomona.cli.options import Home, Json, TrainingThreads
 from pomona.cli.output import console, exit_on_error, plain, print_json_line, print_table, told_when_interrupted
 from pomona.cli.registry import opened
@@ -90,11 +90,12 @@ def _missing(*, name: str | None, classes: list[str] | None, data: str | None) -
 
 
 def _warn(found: "Forgotten") -> None:
-    """Say on stderr where the edit did not do what it is for."""
+    """Say on stderr where the edit did not do what it is for, or undid what an earlier one did."""
     from pomona.coordinator.edits import SHORTFALL  # noqa: PLC0415
 
     if missed := found.certificate.evidence.get(SHORTFALL):
         console(stderr=True).print(f"[yellow]warning: {plain(missed)}[/yellow]", soft_wrap=True)
+    warn_of_reemergence(found.reappeared, found.unchecked)
 
 
 def _print(found: "Forgotten") -> None:

@@ -1,6 +1,6 @@
 """``pomona learn`` and ``pomona predict``."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -83,13 +83,21 @@ def learn(
             _progress(as_json=as_json) as show,
         ):
             found = learn_stream(registry, request, show=show)
-        if found.reappeared:
-            back = ", ".join(found.reappeared)
-            console(stderr=True).print(f"[yellow]warning: {plain(back)} was to be forgotten and is told again[/yellow]")
+        warn_of_reemergence(found.reappeared, found.unchecked)
         if as_json:
             print_json_line(learned_facts(found))
             return
         _print(found)
+
+
+def warn_of_reemergence(reappeared: Sequence[str], unchecked: Mapping[str, str]) -> None:
+    """Say on stderr what was to be forgotten and would be told again, and what nobody could look at."""
+    lines = [f"{label} was not looked at again: {why}" for label, why in unchecked.items()]
+    if reappeared:
+        back = ", ".join(reappeared)
+        lines.insert(0, f"{back} was to be forgotten, and would be told again if it had its rows of the heads back")
+    for line in lines:
+        console(stderr=True).print(f"[yellow]warning: {plain(line)}[/yellow]", soft_wrap=True)
 
 
 def learned_facts(found: "Learned") -> dict[str, object]:
@@ -101,6 +109,8 @@ def learned_facts(found: "Learned") -> dict[str, object]:
         "matrix": found.matrix.seen(),
         "adapter": found.adapter,
         "seconds": found.seconds,
+        "reappeared": found.reappeared,
+        "unchecked": found.unchecked,
     }
 
 
