@@ -14,8 +14,8 @@ and the sums at the end are those of :mod:`pomona.privacy.class_sums`, under a b
 head that is aligned over all classes, is post-processing.
 
 Releases are numbered through the run, and each is paid, drawn and written down as in :mod:`.private_loop`. What a round
-released lies in the registry's blobs under the hash that the ledger has, so a run that was killed goes on after its last
-release. The last release of a task is the payload of its version.
+released lies in the registry's blobs under the hash that the ledger has, so a run that was killed goes on after its
+last release. The last release of a task is the payload of its version.
 
 Who was asked, who has rows of the task and who was silent is written down nowhere: one that has none, or sends what
 cannot be used, counts as zero, and where all do, noise is released.
@@ -50,7 +50,7 @@ from pomona.errors import PayloadError
 from pomona.failpoints import reach
 from pomona.logs import bind
 from pomona.manifest import HEAD, LORA_B
-from pomona.privacy.class_sums import COUNT, MOMENT, TOTAL, SumsLayout
+from pomona.privacy.class_sums import COUNT, FIRST, MOMENT, OWN, TOTAL, SumsLayout
 from pomona.privacy.contributions import contribution
 from pomona.privacy.dylora import moved
 from pomona.privacy.gaussian_sum import GaussianSum
@@ -59,8 +59,6 @@ from pomona.privacy.randomness import SecureRandom
 from pomona.protocol import SUMS, TASK
 from pomona.storage.records import LedgerEntry, NewVersion, Version
 from pomona.wire import digest
-
-_OWN, _FIRST = "own", "first"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,7 +196,7 @@ class PrivateTaskLoop(TaskLoop):
             classes=len(work.task.classes),
             width=self._encoder.width,
             moments=self._mos.moments,
-            adapters=(_OWN,) if summing.is_first else (_OWN, _FIRST),
+            adapters=(OWN,) if summing.is_first else (OWN, FIRST),
         )
         asking = _Asking(
             message_type=SUMS,
@@ -214,7 +212,7 @@ class PrivateTaskLoop(TaskLoop):
             classes=work.task.classes,
             adapter=start.adapter,
             head=start.head,
-            statistics=found[_OWN],
+            statistics=found[OWN],
             first=found[layout.adapters[-1]],
         )
 
@@ -271,8 +269,8 @@ class PrivateTaskLoop(TaskLoop):
 
 def sums_of(part: TaskKnowledge, layout: SumsLayout) -> dict[str, Tensor]:
     """Return the sums that a client sent by the names of a layout; its rows are counted once, whatever the adapter."""
-    packed = {_OWN: statistics_to_tensors(part.statistics), _FIRST: statistics_to_tensors(part.first)}
-    found = {COUNT: packed[_OWN]["count"]}
+    packed = {OWN: statistics_to_tensors(part.statistics), FIRST: statistics_to_tensors(part.first)}
+    found = {COUNT: packed[OWN]["count"]}
     for name in layout.adapters:
         found |= {f"{name}.{TOTAL}": packed[name]["total"], f"{name}.{MOMENT}": packed[name]["moment"]}
     return found

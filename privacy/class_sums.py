@@ -35,6 +35,7 @@ from torch import Tensor
 from pomona.mos_settings import Moments
 
 COUNT, TOTAL, MOMENT = "count", "total", "moment"
+OWN, FIRST = "own", "first"  # adapters: a task's, and the first task's
 _SHARES = {COUNT: 0.1, TOTAL: 0.6, MOMENT: 0.3}  # of the square of a row's norm
 
 
@@ -105,6 +106,20 @@ class SumsLayout:
     def sums(self, mean: Mapping[str, Tensor], *, divisor: float) -> dict[str, Tensor]:
         """Return the noised sums over the cohort, float64, of a released mean; the divisor is public."""
         return {name: divisor * tensor / self._scale(name) for name, tensor in mean.items()}
+
+    def noise_of_class(self, *, noise_multiplier: float, divisor: float) -> dict[str, float]:
+        """Return the expected norm of the noise on what is known of a class, over its own norm, kind by kind.
+
+        As if all of an expected cohort contributed as much as their bound allows, evenly over the classes. Above 1 the
+        noise is larger than what it is on; fewer rows, or of fewer clients, have as many times more.
+
+        Args:
+            noise_multiplier: ``sigma``.
+            divisor: The expected size of the cohort.
+        """
+        entries = {COUNT: 1, TOTAL: self.width, MOMENT: self.shapes[f"{self.adapters[0]}.{MOMENT}"][1]}
+        rows = divisor / self.classes
+        return {kind: noise_multiplier * math.sqrt(n) / (self.weight(kind) * rows) for kind, n in entries.items()}
 
     def noise(self, *, noise_multiplier: float, bound: float) -> SumsNoise:
         """Return how large the noise on the sums is, which is public."""

@@ -37,7 +37,7 @@ def _tasks(settings: RunSettings) -> str:
     if other := [f"privacy.{name}" for name, value in fixed.items() if getattr(wanted, name) != value]:
         return (
             f"[continual] hides clients by noise on the coordinator's sums, of a fixed clip; got {', '.join(other)}. "
-            "Choose unit='client' and trust='central', give a sample_rate to ask fewer in a release, and leave the rest out"
+            "Choose unit='client' and trust='central', a sample_rate to ask fewer in a release, and leave the rest out"
         )
     if not continual.tasks:
         return (
