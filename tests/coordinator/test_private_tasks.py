@@ -168,7 +168,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Watched]:
 def test_with_no_noise_and_no_clip_tasks_are_what_they_are_without_privacy(
     head: str, tmp_path: Path, make_settings: MakeSettings, make_nodes: MakeNodes
 ) -> None:
-    """The same clients with equally many rows of each class: adapters, heads, counts, sums and moments of both tasks."""
+    """Clients with equally many rows of each class: the same adapters, heads, counts, sums and moments."""
     found, accuracy = {}, {}
     for name, privacy in (("plain", None), ("private", NOTHING)):
         with open_registry(tmp_path / name) as registry:
@@ -257,8 +257,7 @@ def changed(kind: str, change: Change) -> Tamper:
 
 
 def larger(tensors: dict[str, Tensor]) -> None:
-    for name in tensors:
-        tensors[name] = tensors[name] * -1000.0 if tensors[name].is_floating_point() else tensors[name] * 1000
+    tensors |= {name: each * (-1000.0 if each.is_floating_point() else 1000) for name, each in tensors.items()}
 
 
 LIES: dict[str, tuple[str, Change, bool]] = {

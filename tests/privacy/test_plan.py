@@ -339,7 +339,7 @@ def test_a_plan_without_tasks_has_the_hash_that_it_had_before_there_were_any() -
     [
         ({"unit": "example", "population_size": None}, {}, "got privacy.unit. Choose unit='client'"),
         ({"unit": "local", "population_size": None, "sample_rate": 1.0}, {}, "got privacy.unit. Choose unit='client'"),
-        ({"trust": "distributed", "sample_rate": 1.0}, {}, "got privacy.trust. Choose unit='client' and trust='central'"),
+        ({"trust": "distributed", "sample_rate": 1.0}, {}, "got privacy.trust. Choose unit='client'"),
         ({"bands": 2, "sample_rate": 1.0}, {}, "of a fixed clip; got privacy.bands. Choose"),
         ({"adaptive_clip": {}}, {}, "of a fixed clip; got privacy.adaptive_clip. Choose"),
         ({"ranks": (1, 8)}, {}, "of a fixed clip; got privacy.ranks. Choose"),
@@ -359,6 +359,4 @@ def test_a_bound_on_sums_goes_with_tasks() -> None:
     with pytest.raises(ConfigError, match=r"the run has no \[continual\]; leave it out"):
         plan_of(run({"sums_clip": 2.0}))
     with pytest.raises(ConfigError, match=r"cohort.min_replies lets a round end by how many answered"):
-        plan_of(
-            RunSettings.model_validate({**of_tasks().model_dump(exclude_defaults=True), "cohort": {"min_replies": 2}})
-        )
+        plan_of(run(cohort={"min_replies": 2}, aggregation={}, rounds=3, continual=TASKS))

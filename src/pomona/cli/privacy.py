@@ -85,16 +85,13 @@ def _advice(planned: "PrivacyPlan", dimensions: int) -> str:
             f"its own, is {ratio:.3g} times as long as the longest update: ask {ratio**2:.3g} times as many, or "
             "protect records (unit='example') or clients (unit='client', trust='distributed')"
         )
-    fewer, instead = (
-        "a lower rank, ffa-nested, fewer target_modules",
-        ", or protect single records with unit='example'",
-    )
+    fewer, instead = "a lower rank, ffa-nested, fewer target_modules", "protect single records with unit='example'"
     if planned.sums_clip is not None:
-        fewer, instead = ("a lower continual.mos.rank, fewer adapted_blocks", ", or learn fewer tasks in fewer rounds")
+        fewer, instead = "a lower continual.mos.rank, fewer adapted_blocks", "learn fewer tasks in fewer rounds"
     return (
         f"the noise on the mean is {ratio:.3g} times as long as the longest update, so little will be learned: ask "
-        f"{ratio:.3g} times as many clients a round, train {ratio**2:.3g} times fewer numbers ({fewer}), allow a larger "
-        f"epsilon{instead}"
+        f"{ratio:.3g} times as many clients a round, train {ratio**2:.3g} times fewer numbers ({fewer}), allow a "
+        f"larger epsilon, or {instead}"
     )
 
 
