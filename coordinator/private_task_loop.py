@@ -119,7 +119,8 @@ class PrivateTaskLoop(TaskLoop):
         with self._failing(task.number):
             start, last = self._start(task), self._number(task) + self._rounds_of(task) + 1
             self._paid = self._before(last) or self._summed(work, self._through_rounds(work, start), last)
-            state = apply_increment(self._memory.state if self._memory else NOTHING, self._paid.payload, source="task")
+            before, source = self._memory.state if self._memory else NOTHING, f"what {work.called} released"
+            state = apply_increment(before, self._paid.payload, source=source)
             self._make_sure()
             version = self._publish(work, knowledge_of(state), state)
             reach("version-published")

@@ -1,7 +1,7 @@
 """The sums at the end of a task are one vector with one bound, whatever a client sends; rows have norm 1 in it."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pytest
@@ -49,7 +49,7 @@ def sums_of(targets: list[int], layout: SumsLayout, *, seed: int) -> dict[str, T
 
 
 def noiseless(
-    clients: list[Mapping[str, Tensor]], layout: SumsLayout, *, bound: float, divisor: float = 1.0
+    clients: Sequence[Mapping[str, Tensor]], layout: SumsLayout, *, bound: float, divisor: float = 1.0
 ) -> dict[str, Tensor]:
     """What the mechanism makes of clients, with next to no noise."""
     total = GaussianSum(
@@ -128,7 +128,7 @@ def test_any_client_moves_the_sum_by_at_most_the_bound(
 ) -> None:
     """The sensitivity that the noise is sized for; also of clients who send what no rows have."""
     layout, gone = layout_of(*kind), data.draw(st.integers(0, len(sent) - 1))
-    clients: list[Mapping[str, Tensor]] = [made(each, layout, seed) for seed, each in enumerate(sent)]
+    clients = [made(each, layout, seed) for seed, each in enumerate(sent)]
     everybody = noiseless(clients, layout, bound=bound)
     without = noiseless([each for i, each in enumerate(clients) if i != gone], layout, bound=bound)
     assert float((flat(everybody) - flat(without)).norm()) <= bound * (1 + 1e-9)
