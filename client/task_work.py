@@ -149,6 +149,6 @@ class TaskWork:
             "task_number": request.task_number,
             "parent": request.parent,
             "base_sha256": self.base_sha256,
-            "num_examples": len(rows.states),
+            "num_examples": 1 if self._invitation.private else len(rows.states),
             "nonce": secrets.token_hex(16),
         }

@@ -320,7 +320,7 @@ class Trainer:
             self._model = self._data = self._tasks = None  # let go of what another run needed
             path = find_base_model(_base(invitation, self._profile))
             check_base_model(path, expected_sha256=invitation.base_sha256)
-            if not len(dataset):
+            if not len(dataset) and not invitation.private:  # whether a client takes part must not tell what it has
                 raise DataError(f"{dataset.source} has no examples of the run's classes: {_listed(invitation.labels)}")
             work = TaskWork if invitation.forget is None else ForgetWork
             self._tasks = invitation, work(self._profile.name, invitation, path, dataset)

@@ -49,7 +49,7 @@ def statistics_from_tensors(tensors: Mapping[str, Tensor]) -> tuple[ClassStatist
         return ()
     rows = zip(tensors["count"].tolist(), tensors["total"], tensors["moment"], strict=True)
     return tuple(
-        ClassStatistics(count, total, moment if moment.shape == total.shape else _square(moment))
+        ClassStatistics(count, total, moment if moment.shape == total.shape else square(moment))
         for count, total, moment in rows
     )
 
@@ -68,7 +68,7 @@ def ridge_from_tensors(tensors: Mapping[str, Tensor], counts: Mapping[str, int])
         return None
     found = []
     for name in ("total", "held_out"):
-        gram = _square(tensors[f"{name}.gram"])
+        gram = square(tensors[f"{name}.gram"])
         cross = tensors.get(f"{name}.cross", gram.new_zeros(len(gram), 0))
         found.append(NormalEquations(gram, cross, counts[name]))
     return RidgeSums(*found)
@@ -84,7 +84,8 @@ def _upper(matrix: Tensor) -> Tensor:
     return matrix[tuple(torch.triu_indices(*matrix.shape))]
 
 
-def _square(upper: Tensor) -> Tensor:
+def square(upper: Tensor) -> Tensor:
+    """Return the symmetric matrix of an upper triangle, row by row."""
     side = _side(upper)
     matrix = upper.new_zeros(side, side)
     rows, columns = torch.triu_indices(side, side)

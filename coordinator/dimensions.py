@@ -3,9 +3,12 @@
 import math
 
 from pomona.base_model import find_base_model
+from pomona.continual.encoder import FrozenEncoder
 from pomona.coordinator.beginning import load_held_out
+from pomona.errors import ConfigError
 from pomona.lora_model import AdaptedModel
 from pomona.manifest import AdapterManifest
+from pomona.privacy.class_sums import FIRST, OWN, SumsLayout
 from pomona.settings import RunSettings
 
 _ONLY_B = {"ffa", "ffa-nested"}
@@ -18,6 +21,8 @@ def trained_dimensions(settings: RunSettings) -> int:
         BaseModelError: The base model is not here.
         DataError: The coordinator's data, which name the classes, cannot be used.
     """
+    if settings.continual is not None:
+        return task_dimensions(settings)[0]
     model = AdaptedModel(
         find_base_model(settings.model.base),
         task=settings.task,
@@ -25,6 +30,24 @@ def trained_dimensions(settings: RunSettings) -> int:
         target_modules=settings.model.target_modules,
     )
     return dimensions_of(settings, model.manifest)
+
+
+def task_dimensions(settings: RunSettings) -> tuple[int, SumsLayout]:
+    """Return the same of a run with tasks, and which sums there are of a task; of the task with most classes.
+
+    Raises:
+        ConfigError: The run does not learn task after task, or does not name its tasks.
+        BaseModelError: The base model is not here, or has fewer blocks.
+    """
+    if settings.continual is None or not settings.continual.tasks:
+        raise ConfigError("expected a run with continual.tasks, which say how much is trained")
+    mos, tasks = settings.continual.mos, settings.continual.tasks
+    encoder = FrozenEncoder(find_base_model(settings.model.base), adapted_blocks=mos.adapted_blocks)
+    classes = max(map(len, tasks))
+    factors = sum(mos.rank * out for out, _ in encoder.manifest.layers.values())
+    adapters = (OWN, FIRST) if len(tasks) > 1 else (OWN,)
+    layout = SumsLayout(classes=classes, width=encoder.width, moments=mos.moments, adapters=adapters)
+    return factors + classes * (encoder.width + 1), layout
 
 
 def dimensions_of(settings: RunSettings, manifest: AdapterManifest) -> int:

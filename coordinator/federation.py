@@ -10,6 +10,7 @@ from pomona.coordinator.beginning import begin_run
 from pomona.coordinator.membership import cuts_off
 from pomona.coordinator.own_noise_loop import OwnNoiseLoop
 from pomona.coordinator.private_loop import PrivateLoop
+from pomona.coordinator.private_task_loop import PrivateTaskLoop
 from pomona.coordinator.replies import server_gone
 from pomona.coordinator.request_loop import RequestLoop
 from pomona.coordinator.round_loop import RoundLoop
@@ -26,7 +27,7 @@ def _loop_of(settings: RunSettings) -> type[RoundLoop | TaskLoop | RequestLoop]:
     if settings.forget is not None:
         return RequestLoop
     if settings.continual is not None:
-        return TaskLoop
+        return TaskLoop if settings.privacy is None else PrivateTaskLoop
     match settings.privacy and settings.privacy.unit:
         case "client":
             return SecureLoop if settings.privacy and settings.privacy.trust == "distributed" else PrivateLoop

@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
 from pomona.coordinator.enrolment import Introduction, Roster
-from pomona.coordinator.replies import Puller, Reply, push
+from pomona.coordinator.replies import Puller, Reply, collect, push
 from pomona.errors import (
     AlreadyCoordinated,
     NotEnoughClients,
@@ -27,6 +27,8 @@ from pomona.storage.registry import Registry
 
 _log = logging.getLogger(__name__)
 
+_SENDINGS = 3  # of what a private round asks for
+_WAIT_S = 1.0
 _JOIN_POLL_S = 0.5
 _ENROL_S = 3.0  # at a time; a round goes on meanwhile
 _GRACE_S = 15.0  # for those who are about to answer when enough have
@@ -164,6 +166,30 @@ class Membership:
 
     def _online(self) -> list[int]:
         return list(self._grid.get_node_ids())
+
+    def _ask_until_deadline(
+        self, asked: Callable[[], Sequence[Message]], take: Callable[[Sequence[tuple[int, Reply]]], None]
+    ) -> None:
+        """Ask clients, and hand over what they answer until the deadline of a round.
+
+        Where rounds last, this returns no sooner, whoever has answered; nor does it fail by who has.
+
+        Args:
+            asked: Begins anew, and returns what is sent; is called again where not all of it got to the server, because
+                that stood still and forgot what was being sent.
+            take: Given some answers, each with the position of the message that it is to.
+        """
+        ends = time.monotonic() + self._settings.cohort.round_deadline_s
+        for _ in range(_SENDINGS):
+            messages = asked()
+            with contextlib.suppress(ObjectPushError):
+                left_s = ends - time.monotonic()
+                for group in collect(self._puller, messages, deadline_s=left_s, idle=self._enrol_newcomers):
+                    take(group)
+                break
+        while self._lasting and (left_s := ends - time.monotonic()) > 0.0:
+            self._enrol_newcomers()
+            time.sleep(min(_WAIT_S, left_s))
 
     @contextlib.contextmanager
     def _failing(self, number: int) -> Iterator[None]:

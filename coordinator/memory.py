@@ -98,7 +98,7 @@ def recall(registry: Registry, ref: str, *, quarantined: bool = False) -> Memory
     try:
         forgotten = tuple(map(str, state.facts["forgotten"]))  # type: ignore[call-overload]
         stream = StreamRecord.model_validate(version.recipe["stream"])
-        knowledge = Knowledge.from_tensors(state.tensors, state.facts["knowledge"])  # type: ignore[arg-type]
+        knowledge = knowledge_of(state)
     except (KeyError, TypeError, ValidationError) as error:
         raise PayloadError(f"{version.ref} does not say how it was learned: {error}") from error
     state = _apart(state, knowledge)
@@ -173,6 +173,18 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def knowledge_of(state: State) -> Knowledge:
+    """Return the knowledge that the registry keeps as a state.
+
+    Raises:
+        PayloadError: It is none.
+    """
+    facts = state.facts.get("knowledge")
+    if not isinstance(facts, dict):
+        raise PayloadError("expected a state that says what is known, got another")
+    return Knowledge.from_tensors(state.tensors, facts)
 
 
 def state_of(knowledge: Knowledge, forgotten: Sequence[str]) -> State:

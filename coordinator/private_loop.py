@@ -11,29 +11,23 @@ other noise, as another release. A round lasts until its deadline, whoever has a
 has: neither its length nor its success says anything of a client. Who was asked is known to this process alone.
 """
 
-import contextlib
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from flwr.app import ArrayRecord, ConfigRecord
-from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
+from flwr.app import ArrayRecord, ConfigRecord, Message
 
 from pomona.adapters import AdapterWeights
 from pomona.coordinator.private_strategy import PrivateStrategy, Released
-from pomona.coordinator.replies import collect
+from pomona.coordinator.releasing import paid_by, poisson_cohort, release, released_before
+from pomona.coordinator.replies import Reply
 from pomona.coordinator.round_loop import RoundLoop
-from pomona.coordinator.spending import burn_unsettled, reserve, rows_of_round
-from pomona.errors import AdapterNotFound, BlobCorrupt, PayloadError, PomonaError
+from pomona.errors import PayloadError
 from pomona.failpoints import reach
 from pomona.privacy.matrix_factorization import eligible
 from pomona.privacy.plan import PrivacyPlan, plan_of
 from pomona.privacy.randomness import SecureRandom
 from pomona.storage.records import LedgerEntry, Version
 from pomona.wire import decode_weights
-
-_SENDINGS = 3
-_WAIT_S = 1.0
 
 
 class PrivateLoop(RoundLoop):
@@ -85,39 +79,22 @@ class PrivateLoop(RoundLoop):
 
     def _released_before(self, number: int) -> bytes | None:
         """Return what another process released for a round and did not publish; burn what came to nothing."""
-        run_id, population = self._invitation.run_id, self._plan.population
-        mine = rows_of_round(self._registry, population, run_id=run_id, round_number=number)
-        for row in (row for row in mine if row.state == "released"):
-            with contextlib.suppress(AdapterNotFound, BlobCorrupt):
-                return self._registry.blobs.get(str(row.release_sha256))
-        burn_unsettled(self._registry, mine)
-        return None
+        found = released_before(self._registry, self._plan, run_id=self._invitation.run_id, number=number)
+        return found.payload if found else None
 
     def _release(self, number: int) -> bytes:
-        reserved = reserve(self._registry, self._plan, run_id=self._invitation.run_id, round_number=number)
-        reach("release-reserved")
-        try:
-            payload = self._noised(number, reserved)
-            sha256 = self._registry.blobs.put(payload)
-        except Exception:
-            with contextlib.suppress(PomonaError):
-                self._registry.settle_release(reserved, release_sha256=None)
-            raise
-        reach("release-written")
-        self._registry.settle_release(reserved, release_sha256=sha256)
-        reach("release-settled")
-        return payload
+        run_id = self._invitation.run_id
+        made = release(
+            self._registry, self._plan, run_id=run_id, number=number, noised=lambda row: self._noised(number, row)
+        )
+        return made.payload
 
     def _noised(self, number: int, reserved: LedgerEntry) -> bytes:
         """Ask a cohort, and return the next adapter's bytes, which hold nothing but noised sums and public facts."""
         made = self._made(number, reserved.attempt)
         facts = {
-            "population": self._plan.population,
-            "plan_sha256": self._plan.sha256,
-            "ledger_seq": reserved.seq,
-            "ledger_sha256": reserved.sha256,
+            **paid_by(reserved, self._plan, clip=made.clip),
             "retained_energy": min(made.retained_energy.values(), default=1.0),
-            "clip": made.clip,
             "next_clip": made.next_clip,
         }
         return self._encoded(number, made.weights, privacy=facts)
@@ -133,24 +110,19 @@ class PrivateLoop(RoundLoop):
         members = sorted(self._roster.members)
         if self._plan.factorization is not None:
             return eligible(members, number, bands=self._plan.factorization.bands, seed=self._settings.seed)
-        coins = self._coins.chosen(len(members), self._plan.sample_rate)
-        return [name for name, chosen in zip(members, coins, strict=True) if chosen]
+        return poisson_cohort(members, self._plan, self._coins)
 
     def _sum_up(self, number: int, cohort: list[str]) -> None:
-        ends = time.monotonic() + self._settings.cohort.round_deadline_s
         config = ConfigRecord({"cohort": cohort, "frozen": False})
-        for _ in range(_SENDINGS):  # where the server stood still and forgot what was being sent
-            messages = list(self._strategy.configure_train(number, ArrayRecord(), config, self._grid))
-            asked = self._strategy.asked
-            with contextlib.suppress(ObjectPushError):
-                for group in collect(
-                    self._puller, messages, deadline_s=ends - time.monotonic(), idle=self._enrol_newcomers
-                ):
-                    self._strategy.receive_all([(asked[position], reply) for position, reply in group])
-                break
-        while self._lasting and (left := ends - time.monotonic()) > 0.0:
-            self._enrol_newcomers()
-            time.sleep(min(_WAIT_S, left))
+
+        def asked() -> list[Message]:
+            return list(self._strategy.configure_train(number, ArrayRecord(), config, self._grid))
+
+        def take(answers: Sequence[tuple[int, Reply]]) -> None:
+            clients = self._strategy.asked
+            self._strategy.receive_all([(clients[position], reply) for position, reply in answers])
+
+        self._ask_until_deadline(asked, take)
 
     def _publish_release(self, number: int, payload: bytes) -> Version:
         """Publish released bytes; scoring them on the coordinator's own data is post-processing."""

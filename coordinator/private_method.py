@@ -37,6 +37,7 @@ class PrivateMethod(Method):
         super().__init__(settings, manifest)
         assert plan.mechanism != "dp-sgd"  # which sums nothing over clients, and neither does the next
         assert plan.mechanism != "local-gaussian"
+        assert plan.mechanism != "ffa-tasks"  # which has a loop of its own
         self._manifest, self._plan, self._seed = manifest, plan, settings.seed
         self._mechanism: SumMechanism = plan.mechanism
 

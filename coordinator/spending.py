@@ -35,8 +35,8 @@ def check_privacy(registry: Registry, settings: RunSettings, *, run_id: str) -> 
             f"run {run_id} was begun under the plan {sha256[:12]} (accounts by {library}), and would go on under "
             f"{plan.sha256[:12]} ({plan.library}); install what it was begun with, or start a new run"
         )
-    if len({row.round for row in mine if row.state == "released"}) < settings.rounds:
-        _check_goes_on(registry, plan, mine) if mine else check_run_fits(registry, plan, rounds=settings.rounds)
+    if len({row.round for row in mine if row.state == "released"}) < plan.rounds:
+        _check_goes_on(registry, plan, mine) if mine else check_run_fits(registry, plan, rounds=plan.rounds)
     return plan
 
 

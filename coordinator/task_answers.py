@@ -104,9 +104,24 @@ def check_sums(
     Raises:
         UpdateRejected: They cannot be used.
     """
+    facts, part = claimed_sums(client, payload, asked, summing=summing, enrolment=enrolment)
+    try:
+        verify_sums(part, num_examples=facts.num_examples, settings=summing.settings)
+    except PayloadError as error:
+        raise UpdateRejected(client, str(error)) from error
+    return facts, part
+
+
+def claimed_sums(
+    client: str, payload: bytes, asked: Asked, *, summing: Summing, enrolment: Enrolment
+) -> tuple[SumsFacts, TaskKnowledge]:
+    """Return sums of the right names, shapes and dtypes, finite, that anybody may have made up.
+
+    Raises:
+        UpdateRejected: They are not that.
+    """
     try:
         facts, part = read_sums(payload, summing)
-        verify_sums(part, num_examples=facts.num_examples, settings=summing.settings)
     except PayloadError as error:
         raise UpdateRejected(client, str(error)) from error
     _check_facts(facts, asked, enrolment)

@@ -27,7 +27,7 @@ from pomona.continual.share_payload import (
 from pomona.continual.tasks import Task
 from pomona.coordinator.beginning import load_held_out
 from pomona.coordinator.enrolment import choose_cohort
-from pomona.coordinator.increments import NOTHING, encode_increment
+from pomona.coordinator.increments import NOTHING, State, encode_increment
 from pomona.coordinator.memory import Memory, StreamRecord, feature_adapter, newest, open_encoder, recipe, state_of
 from pomona.coordinator.recovery import committed_rounds, known_members, unfinished_round, waiting_submissions
 from pomona.coordinator.reemergence import recheck
@@ -51,7 +51,7 @@ class TaskLoop(TaskExchange):
         settings, invitation = self._settings, self._invitation
         if settings.continual is None or invitation.continual is None:
             raise ConfigError("expected a run with [continual]; a bug of the coordinator's")
-        self._mos, self._rounds = invitation.continual, settings.continual.rounds_per_task
+        self._mos, self._stream = invitation.continual, settings.continual
         self._encoder = open_encoder(find_base_model(settings.model.base), self._mos)
         held_out = load_held_out(settings)
         self._tasks = tasks_of(settings, held_out.labels)
@@ -76,12 +76,16 @@ class TaskLoop(TaskExchange):
         self._roster.members |= known_members(self._registry, run_id, self._settings.training)
         rounds = committed_rounds(self._registry, run_id)
         if rounds:
-            self._wait_for_enough(rounds[-1].cohort)
+            self._wait_again(rounds[-1].cohort)
         else:
             self._wait_for_clients()
             self._registry.set_initial_metrics(run_id, {"accuracy": 0.0})  # no class of the run is known
         published = [each.version for each in rounds if each.version is not None]
         return [*published, *(self._learned(task) for task in self._tasks[self._record.done :])]
+
+    def _wait_again(self, last_cohort: Sequence[str]) -> None:
+        """Wait for those who were there when the run was cut off."""
+        self._wait_for_enough(last_cohort)
 
     @property
     def _knowledge(self) -> Knowledge:
@@ -94,9 +98,7 @@ class TaskLoop(TaskExchange):
         work = self._opened(task)
         reach("round-opened")
         with self._failing(task.number):
-            start = task_start(self._encoder, self._knowledge, classes=len(task.classes))
-            if start.towards is None and self._knowledge.tasks:
-                raise VersionConflict("the adapters of earlier tasks differ in A, so what clients train has no average")
+            start = self._start(task)
             summing = self._taken_up(work, start) or self._trained(work, start)
             reach("task-trained")
             self._sum_up(work, summing)
@@ -106,22 +108,20 @@ class TaskLoop(TaskExchange):
             knowledge = with_task(self._knowledge, self._total(work, summing))
             reach("task-learned")
             self._make_sure()
-            version = self._publish(work, knowledge)
+            version = self._publish(work, knowledge, state_of(knowledge, self._forgotten(work)))
             reach("version-published")
         return version
+
+    def _start(self, task: Task) -> TaskStart:
+        start = task_start(self._encoder, self._knowledge, classes=len(task.classes))
+        if start.towards is None and self._knowledge.tasks:
+            raise VersionConflict("the adapters of earlier tasks differ in A, so what clients train has no average")
+        return start
 
     def _opened(self, task: Task) -> TaskInMaking:
         """Open the round of a task, with the cohort that it was begun with, where it was."""
         run_id, parent = self._invitation.run_id, self._memory.version.ref if self._memory else ""
-        begun = unfinished_round(self._registry, run_id, task.number)
-        if begun is None:
-            cohort: Sequence[str] = self._wait_for_enough()
-        elif begun.frozen_at is None:
-            here = {each.client for each in waiting_submissions(self._registry, run_id, task.number)}
-            self._wait_for_enough(set(begun.cohort) - here)
-            cohort = begun.cohort
-        else:
-            cohort = begun.cohort
+        cohort = self._cohort(task)
         self._registry.open_round(run_id, task.number, parent=parent or None, cohort=cohort)
         number = max((each.number for each in self._knowledge.tasks), default=0) + 1
         limits = self._settings.aggregation
@@ -142,16 +142,32 @@ class TaskLoop(TaskExchange):
             numbered=Task(number, task.classes),
         )
 
+    def _cohort(self, task: Task) -> Sequence[str]:
+        """Return who may be asked for a task: those that were, where it was begun before."""
+        begun = unfinished_round(self._registry, self._invitation.run_id, task.number)
+        if begun is None:
+            return self._wait_for_enough()
+        if begun.frozen_at is None:
+            here = {each.client for each in waiting_submissions(self._registry, self._invitation.run_id, task.number)}
+            self._wait_for_enough(set(begun.cohort) - here)
+        return begun.cohort
+
     # Training
 
     def _trained(self, work: TaskInMaking, start: TaskStart) -> Summing:
         """Train a task's adapter and head in rounds, and put them on disk."""
-        if len(work.task.classes) > 1:
-            for number in range(1, self._rounds + 1):
-                start = self._round(work, start, number)
+        start = self._through_rounds(work, start)
         facts = {"format": "task-adapter/1", "task_number": work.task.number, "clients": work.trained}
         payload = encode_factors_b(start.adapter, start.head, facts)
         return self._summing(work, start, self._registry.blobs.put(payload))
+
+    def _rounds_of(self, task: Task) -> int:
+        return self._stream.rounds_of(len(task.classes))
+
+    def _through_rounds(self, work: TaskInMaking, start: TaskStart) -> TaskStart:
+        for number in range(1, self._rounds_of(work.task) + 1):
+            start = self._round(work, start, number)
+        return start
 
     def _round(self, work: TaskInMaking, start: TaskStart, number: int) -> TaskStart:
         """Run one round of training; where nobody who was asked has examples of the task, ask others."""
@@ -164,7 +180,7 @@ class TaskLoop(TaskExchange):
                     f"no client has examples of task {work.task.number} ({', '.join(work.task.classes[:5])}); join one "
                     "that has, or leave its classes out"
                 )
-            of_run = (work.task.number - 1) * self._rounds + number
+            of_run = (work.task.number - 1) * self._stream.rounds_per_task + number
             cohort = choose_cohort(pool, self._settings.cohort, seed=self._settings.seed, round_number=of_run)
             shares = self._shares(work, start, number, cohort)
             if not shares and len(work.absent) == absent:
@@ -178,14 +194,6 @@ class TaskLoop(TaskExchange):
     def _shares(
         self, work: TaskInMaking, start: TaskStart, number: int, cohort: Sequence[str]
     ) -> dict[str, TrainedShare]:
-        request = TaskTraining(
-            invitation=self._invitation,
-            task_number=work.task.number,
-            classes=work.task.classes,
-            parent=work.asked.parent,
-            round_number=number,
-            seed_number=work.numbered.number,
-        )
         shares: dict[str, TrainedShare] = {}
         nonces: set[str] = set()
 
@@ -200,8 +208,20 @@ class TaskLoop(TaskExchange):
             nonces.add(facts.nonce)
             shares[client] = share
 
-        self._ask(work, TASK, "trained", cohort, ("task", request.model_dump_json(), encode_start(start)), take)
+        self._ask(work, TASK, "trained", cohort, self._training(work, start, number), take)
         return shares
+
+    def _training(self, work: TaskInMaking, start: TaskStart, number: int) -> tuple[str, str, bytes]:
+        """Return what clients are sent to train a round."""
+        request = TaskTraining(
+            invitation=self._invitation,
+            task_number=work.task.number,
+            classes=work.task.classes,
+            parent=work.asked.parent,
+            round_number=number,
+            seed_number=work.numbered.number,
+        )
+        return "task", request.model_dump_json(), encode_start(start)
 
     # Sums
 
@@ -233,17 +253,6 @@ class TaskLoop(TaskExchange):
         (begun,) = self._registry.rounds(self._invitation.run_id, work.task.number)
         if begun.frozen_at is not None:
             return
-        request = TaskSums(
-            invitation=self._invitation,
-            task_number=work.task.number,
-            classes=work.task.classes,
-            parent=work.asked.parent,
-            trained_sha256=summing.trained_sha256,
-        )
-        known = self._knowledge
-        grown = replace(known, tasks=(*known.tasks, _without_classes(work, summing)))
-        own = grown.adapter(len(known.tasks))
-        payload = encode_under(own, None if summing.is_first else grown.adapter(0))
 
         def take(client: str, payload: bytes) -> None:
             enrolment = self._roster.members[client]
@@ -257,11 +266,26 @@ class TaskLoop(TaskExchange):
             work.summed[client] = recorded.sha256, facts.num_examples
 
         names = [name for name in work.cohort if name not in work.absent and name not in work.summed]
-        self._ask(work, SUMS, "sums", names, ("sums", request.model_dump_json(), payload), take)
+        self._ask(work, SUMS, "sums", names, self._asking_sums(work, summing), take)
         reach("round-closing")
         self._check_enough(work, "the sums", len(work.summed))
         for client in sorted(work.trained.keys() - work.summed.keys()):
             self._record_trainer(work, client)
+
+    def _asking_sums(self, work: TaskInMaking, summing: Summing) -> tuple[str, str, bytes]:
+        """Return what clients are sent to sum up their features."""
+        request = TaskSums(
+            invitation=self._invitation,
+            task_number=work.task.number,
+            classes=work.task.classes,
+            parent=work.asked.parent,
+            trained_sha256=summing.trained_sha256,
+        )
+        known = self._knowledge
+        grown = replace(known, tasks=(*known.tasks, _without_classes(work, summing)))
+        own = grown.adapter(len(known.tasks))
+        payload = encode_under(own, None if summing.is_first else grown.adapter(0))
+        return "sums", request.model_dump_json(), payload
 
     def _total(self, work: TaskInMaking, summing: Summing) -> TaskKnowledge:
         """Add up what was recorded, in the order of names, whatever the order in which it came."""
@@ -275,38 +299,47 @@ class TaskLoop(TaskExchange):
 
     # Publishing
 
-    def _publish(self, work: TaskInMaking, knowledge: Knowledge) -> Version:
+    def _forgotten(self, work: TaskInMaking) -> tuple[str, ...]:
+        before = self._memory.forgotten if self._memory else ()
+        return tuple(each for each in before if each not in work.task.classes)
+
+    def _publish(self, work: TaskInMaking, knowledge: Knowledge, state: State) -> Version:
+        """Score what is known and publish it, and close the round."""
         before = self._memory
-        forgotten = tuple(each for each in (before.forgotten if before else ()) if each not in work.task.classes)
         scores = task_accuracies(self._encoder, knowledge, self._tasks[: work.task.number], self._test)
         record = self._record.model_copy(update={"done": work.task.number, "rows": (*self._record.rows, scores)})
         told = recheck(self._registry, before, self._encoder, knowledge, self._test, relearned=work.task.classes)
         told.log(_log)
-        state, head = state_of(knowledge, forgotten), before.version.ref if before else ""
-        version = self._registry.publish_round(
-            NewVersion(
-                run_id=self._invitation.run_id,
-                round_number=work.task.number,
-                adapter=self._settings.name,
-                payload=encode_increment(before.state if before else NOTHING, state),
-                base_sha256=self._invitation.base_sha256,
-                rank=feature_adapter(knowledge).rank,
-                kind="task",
-                exactness=before.version.exactness if before else "exact",
-                recipe={**recipe(knowledge, record, method="federated-mos"), **told.facts(), "clients": _clients(work)},
-                metrics={**stream_metrics(record), **told.metrics(forgotten)},
-                weights=_weights(work),
-                reduced=dict.fromkeys(work.trained.keys() - work.summed.keys(), "its sums did not come"),
-                bytes_down=work.bytes_down,
-                bytes_up=work.bytes_up,
-                seconds=time.monotonic() - work.began,
-                expected_head=head,
-                parents=[Parent(ref=head, kind="task")] if head else [],
-            )
-        )
+        forgotten = self._forgotten(work)
+        new = self._new_version(work, knowledge, encode_increment(before.state if before else NOTHING, state))
+        made = {**recipe(knowledge, record, method="federated-mos"), **told.facts(), **new.recipe}
+        metrics = {**stream_metrics(record), **told.metrics(forgotten)}
+        version = self._registry.publish_round(replace(new, recipe=made, metrics=metrics))
         self._memory = Memory(version=version, state=state, knowledge=knowledge, forgotten=forgotten, stream=record)
         self._record = record
         return version
+
+    def _new_version(self, work: TaskInMaking, knowledge: Knowledge, payload: bytes) -> NewVersion:
+        """Return what a version says of how clients made it."""
+        head = self._memory.version.ref if self._memory else ""
+        return NewVersion(
+            run_id=self._invitation.run_id,
+            round_number=work.task.number,
+            adapter=self._settings.name,
+            payload=payload,
+            base_sha256=self._invitation.base_sha256,
+            rank=feature_adapter(knowledge).rank,
+            kind="task",
+            exactness=self._memory.version.exactness if self._memory else "exact",
+            recipe={"clients": _clients(work)},
+            weights=_weights(work),
+            reduced=dict.fromkeys(work.trained.keys() - work.summed.keys(), "its sums did not come"),
+            bytes_down=work.bytes_down,
+            bytes_up=work.bytes_up,
+            seconds=time.monotonic() - work.began,
+            expected_head=head,
+            parents=[Parent(ref=head, kind="task")] if head else [],
+        )
 
 
 def _without_classes(work: TaskInMaking, summing: Summing) -> TaskKnowledge:

@@ -22,7 +22,7 @@ from pomona.privacy_settings import PrivacySettings
 from pomona.protocol import SecureSumPrivacy, SumMechanism
 from pomona.settings import RunSettings
 
-Mechanism = Literal[SumMechanism, "dp-sgd", "local-gaussian"]
+Mechanism = Literal[SumMechanism, "dp-sgd", "local-gaussian", "ffa-tasks"]
 
 _MECHANISMS: dict[str, SumMechanism] = {"fedit": "dp-lora", "ffa": "ffa", "ffa-nested": "ffa-nested"}
 _COUNT_NOISE_SHARE = 1 / 20
@@ -34,7 +34,8 @@ class PrivacyPlan(BaseModel):
     Attributes:
         unit: Whose presence is hidden.
         mechanism: What is summed; ``dp-sgd``: the gradients of a step of a client's training; ``local-gaussian``:
-            nothing, each client's update is noised by itself.
+            nothing, each client's update is noised by itself; ``ffa-tasks``: as ``ffa`` in each task's rounds, and then
+            sums of its features.
         trust: Who sees what a client sends: ``central`` the coordinator, ``distributed`` nobody.
         adjacency: Neighbouring data differ by one unit that is there or not; ``zero-out-one``: by what one unit
             contributes, which may be nothing, while it is known that it takes part; ``replace-one``: by what it has,
@@ -46,6 +47,7 @@ class PrivacyPlan(BaseModel):
         population: Name of the population.
         population_size: ``N``; None where units are examples, of which the coordinator knows no number.
         clip: Bound ``C`` on the joint norm; the first one, where it adapts.
+        sums_clip: Bound on the joint norm of a client's sums of features; None: there are none.
         noise_multiplier: ``z``: what all releases of a round cost together.
         update_noise_multiplier: ``sigma``: of the noise on the sum, in units of ``clip``; of a secure sum the least.
         count_noise: Of the count for an adaptive bound, 0 without one.
@@ -54,7 +56,7 @@ class PrivacyPlan(BaseModel):
         ranks: ``[least, most]`` of the rank of a round.
         factorization: Of the noise of all rounds, for ``min-separation``.
         secure_sum: What clients are promised that trust nobody; None: they trust the coordinator.
-        rounds: ``T``.
+        rounds: ``T``; of tasks, all of their releases.
         releases_per_round: One sum over clients, or as many as a client takes steps.
         spare_rounds: Releases beyond them that fit into the budget, for rounds that a crash cuts off.
         accountant: Which account.
@@ -75,6 +77,7 @@ class PrivacyPlan(BaseModel):
     population: str
     population_size: int | None
     clip: float
+    sums_clip: float | None = None
     noise_multiplier: float
     update_noise_multiplier: float
     count_noise: float
@@ -112,8 +115,9 @@ class PrivacyPlan(BaseModel):
 
     @property
     def sha256(self) -> str:
-        """The hash of the plan: of its canonical JSON."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        """The hash of the plan: of its canonical JSON, in which nothing stands of tasks where there are none."""
+        absent = {"sums_clip"} if self.sums_clip is None else set[str]()
+        text = json.dumps(self.model_dump(mode="json", exclude=absent), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
     def event(self, rounds: int = 1) -> Event:
@@ -179,10 +183,12 @@ def _of_clients(settings: RunSettings, wanted: PrivacySettings) -> PrivacyPlan:
     assert wanted.population_size is not None  # settings see to it
     made = _factorization(settings, wanted)
     amplified = wanted.cohort_secret and wanted.sample_rate < 1.0
-    count = (made.participations if made else settings.rounds) + wanted.spare_rounds
+    count = (made.participations if made else settings.exchanges) + wanted.spare_rounds
     noise = _noise(wanted, rate=wanted.sample_rate if amplified else 1.0, count=count)
     expected = wanted.sample_rate * wanted.population_size / (wanted.bands or 1)
     count_noise = _count_noise(wanted, expected)
+    if settings.continual is not None:
+        return _of_tasks(settings, wanted, noise=noise, amplified=amplified)
     mechanism: SumMechanism = "dp-dylora" if wanted.ranks else _MECHANISMS[settings.aggregation.strategy]
     if wanted.trust == "distributed":
         return _distributed(settings, wanted, mechanism, noise)
@@ -199,6 +205,24 @@ def _of_clients(settings: RunSettings, wanted: PrivacySettings) -> PrivacyPlan:
         count_noise=count_noise,
         divisor=expected,
         ranks=wanted.ranks,
+    )
+
+
+def _of_tasks(settings: RunSettings, wanted: PrivacySettings, *, noise: float, amplified: bool) -> PrivacyPlan:
+    """Plan for tasks one after another: each of their rounds is a release, and so are the sums of each."""
+    assert wanted.population_size is not None  # settings see to it
+    return PrivacyPlan(
+        **_common(settings, wanted),
+        unit="client",
+        mechanism="ffa-tasks",
+        amplified=amplified,
+        population_size=wanted.population_size,
+        sums_clip=wanted.sums_clip,
+        noise_multiplier=noise,
+        update_noise_multiplier=noise,
+        count_noise=0.0,
+        divisor=wanted.sample_rate * wanted.population_size,
+        ranks=None,
     )
 
 
@@ -284,7 +308,7 @@ def _common(settings: RunSettings, wanted: PrivacySettings) -> dict[str, Any]:
         "sample_rate": wanted.sample_rate,
         "population": wanted.population,
         "clip": wanted.clip,
-        "rounds": settings.rounds,
+        "rounds": settings.exchanges,
         "spare_rounds": wanted.spare_rounds,
         "accountant": wanted.accountant,
         "library": library(),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from pomona.aggregation_settings import changed
 from pomona.errors import ConfigError
 from pomona.privacy.secure_sum.terms import MAX_CLIENTS
 from pomona.settings import RunSettings
@@ -21,9 +22,46 @@ def check(settings: RunSettings) -> None:
             raise ConfigError(f"privacy: {reason}")
 
 
+def _tasks(settings: RunSettings) -> str:
+    """Tasks one after another: one mechanism, one sampler, one account; what is asked for besides is named."""
+    wanted, continual = settings.privacy, settings.continual
+    if wanted is None or continual is None:
+        return ""
+    fixed: dict[str, object] = {
+        "unit": "client",
+        "trust": "central",
+        "ranks": None,
+        "bands": None,
+        "adaptive_clip": None,
+    }
+    if other := [f"privacy.{name}" for name, value in fixed.items() if getattr(wanted, name) != value]:
+        return (
+            f"[continual] hides clients by noise on the coordinator's sums, of a fixed clip; got {', '.join(other)}. "
+            "Choose unit='client' and trust='central', a sample_rate to ask fewer in a release, and leave the rest out"
+        )
+    if not continual.tasks:
+        return (
+            "how many releases a run takes must stand in its file, and continual.classes_per_task leaves the number of "
+            "tasks to the data; name the classes of each task as continual.tasks"
+        )
+    if continual.mos.keeps_ridge_sums:
+        return (
+            f"head={continual.mos.head!r} needs sums over all pairs of its {continual.mos.ridge_dimensions} random "
+            "features, over which noise would be spread too; choose continual.mos.head='combined', 'gaussian' or "
+            "'aligned'"
+        )
+    return ""
+
+
+def _sums_clip(settings: RunSettings) -> str:
+    if settings.privacy is None or settings.continual is not None or not changed(settings.privacy, "sums_clip"):
+        return ""
+    return "privacy.sums_clip bounds the sums at the end of a task, and the run has no [continual]; leave it out"
+
+
 def _stacking(settings: RunSettings) -> str:
     name = settings.aggregation.strategy
-    if not _is_central(settings) or name in {"fedit", "ffa", "ffa-nested"}:
+    if not _is_central(settings) or settings.continual is not None or name in {"fedit", "ffa", "ffa-nested"}:
         return ""
     if name in {"flora", "flora-bounded", "fedex"}:
         return (
@@ -183,6 +221,6 @@ def _is_central(settings: RunSettings) -> bool:
 
 
 RULES: tuple[Rule, ...] = (
-    _local, _stacking, _robust, _rank_of_clients, _pattern, _trust, _noise_shares, _bands, _cohort, _size, _replies,
-    _steps, _tail,
+    _tasks, _sums_clip, _local, _stacking, _robust, _rank_of_clients, _pattern, _trust, _noise_shares, _bands, _cohort,
+    _size, _replies, _steps, _tail,
 )  # fmt: skip

@@ -420,7 +420,8 @@ def test_what_does_not_go_with_tasks_is_refused(rest: str, says: str) -> None:
         parse_settings(f'name = "x"\n{rest}', source="run.toml")
 
 
-def test_tasks_and_privacy_are_refused_together() -> None:
+def test_a_run_file_may_have_tasks_and_privacy() -> None:
+    """How often clients are asked is known from it: a task of one class is not trained."""
     privacy = """
 [privacy]
 unit = "client"
@@ -429,10 +430,11 @@ population_size = 10000
 epsilon = 4.0
 delta = 1e-5
 sample_rate = 0.02
+sums_clip = 3.0
 """
-    parse_settings(f'name = "x"\n{privacy}', source="run.toml")
-    with pytest.raises(ConfigError, match="nothing noises them yet"):
-        parse_settings(f'name = "x"\n{privacy}\n{TASKS}', source="run.toml")
+    parsed = parse_settings(f'name = "x"\n{privacy}\n{TASKS}rounds_per_task = 5\n', source="run.toml")
+    assert parsed.exchanges == 5 + 1 + 1
+    assert parse_settings('name = "x"\nrounds = 4\n', source="run.toml").exchanges == 4
 
 
 # Classes to forget

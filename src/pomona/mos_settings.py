@@ -141,6 +141,15 @@ class StreamSettings(Section):
     rounds_per_task: PositiveInt = 3
     mos: MosSettings = MosSettings()
 
+    def rounds_of(self, classes: int) -> int:
+        """Return how many rounds train a task of so many classes: a single one has nothing to be told apart from."""
+        return self.rounds_per_task if classes > 1 else 0
+
+    @property
+    def exchanges(self) -> int:
+        """How often the clients of the tasks that are named are asked: each task's rounds, and once for its sums."""
+        return sum(self.rounds_of(len(classes)) + 1 for classes in self.tasks)
+
     @model_validator(mode="after")
     def _tasks_are_known(self) -> Self:
         if bool(self.tasks) == (self.classes_per_task is not None):

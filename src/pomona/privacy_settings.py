@@ -60,6 +60,8 @@ class PrivacySettings(Section):
         noise_multiplier: Standard deviation of the noise over ``clip``; None: the least with which this run's rounds
             fit into ``epsilon``.
         clip: Bound on the norm of what one client (or one example) contributes, over all layers and the head.
+        sums_clip: Bound on the norm of the sums that one client contributes at the end of a task of ``[continual]``, in
+            rows: one row has norm 1.
         sample_rate: Probability with which each enrolled client is asked in a round, for ``client``; of each example in
             a step, for ``example``.
         ranks: ``[least, most]``: each round trains one rank drawn between them, for ``fedit`` under ``client``.
@@ -82,6 +84,7 @@ class PrivacySettings(Section):
     delta: Annotated[float, Field(gt=0, lt=1)]
     noise_multiplier: PositiveFloat | None = None
     clip: PositiveFloat = 1.0
+    sums_clip: PositiveFloat = 1.0
     sample_rate: Fraction = 1.0
     ranks: tuple[Rank, Rank] | None = None
     accountant: Literal["prv", "rdp"] = "prv"

@@ -171,10 +171,13 @@ class Invitation(_Record):
                 f"expected an invitation with private=true beside {given[0]}, got private=false: the number of "
                 "examples and the loss would be sent without noise"
             )
-        if self.continual is not None and (self.private or self.task != "classification"):
-            raise ValueError("expected a run that learns task after task to classify and to promise no privacy")
-        if self.forget is not None and self.continual is None:
-            raise ValueError("expected how the classes to forget were learned, got nothing of it")
+        if self.continual is not None and (given or self.task != "classification"):
+            raise ValueError(
+                "expected a run that learns task after task to classify and to promise nothing that clients would have "
+                f"to add noise for, got task={self.task!r} and {given[0] if given else 'nothing'}"
+            )
+        if self.forget is not None and (self.continual is None or self.private):
+            raise ValueError("expected a request to forget with how classes were learned, and without privacy")
         return self
 
 

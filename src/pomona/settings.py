@@ -215,6 +215,11 @@ class RunSettings(Section):
     continual: StreamSettings | None = None
     forget: RequestSettings | None = None
 
+    @property
+    def exchanges(self) -> int:
+        """How often clients are asked for something that is summed: once a round, or as often as its tasks say."""
+        return self.rounds if self.continual is None else self.continual.exchanges
+
     @model_validator(mode="after")
     def _defence_fits(self) -> Self:
         name = self.aggregation.strategy
@@ -284,11 +289,6 @@ def _unfit_for_tasks(settings: RunSettings) -> Iterator[str]:
     continual = settings.continual
     if settings.task != "classification":
         yield f"[continual] learns classes, got task={settings.task!r}; leave the section or the task out"
-    if settings.privacy is not None:
-        yield (
-            "[continual] and [privacy] do not go together: counts and sums of classes are exact, and nothing noises "
-            "them yet; leave one out"
-        )
     if settings.defence.kind != "none":
         kind = settings.defence.kind
         yield f"[continual] averages adapters and adds sums up, without a defence; got defence.kind={kind!r}"

@@ -95,6 +95,41 @@ def test_what_is_said_of_a_plan_is_of_its_unit(unit: str, tiny_bert: Path, toy_d
     assert [each for each in unsaid if each in told.stdout] == []
 
 
+TASKS = """
+[continual]
+tasks = [["animal", "food"], ["tool", "weather"]]
+rounds_per_task = 3
+[privacy]
+unit = "client"
+population = "phones"
+population_size = 100_000
+epsilon = 8.0
+delta = 1e-6
+accountant = "rdp"
+"""
+
+
+def test_a_plan_of_tasks_counts_their_releases_and_tells_the_noise_on_a_class(
+    tiny_bert: Path, toy_data: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(
+        'name = "tasks"\n' + FRAME.format(model=tiny_bert, data=toy_data).partition("rounds = 4\n")[2] + TASKS
+    )
+    told = CliRunner().invoke(app, ["privacy", "plan", str(path), "--json"])
+    assert told.exit_code == 0, told.output
+    facts = json.loads(told.stdout)
+    assert (facts["mechanism"], facts["rounds"], facts["sums_clip"]) == ("ffa-tasks", 8, 1.0)
+    assert facts["epsilon_by_round"]["8"] == facts["epsilon"]
+    count, total, moment = (facts["noise_of_class"][kind] for kind in ("count", "total", "moment"))
+    assert count == pytest.approx(facts["noise_multiplier"] * 2 / (0.1**0.5 * 100_000))
+    assert count < total < moment
+    shown = CliRunner().invoke(app, ["privacy", "plan", str(path)], env={"COLUMNS": "400"}).stdout
+    assert "after 8 releases" in shown
+    assert "of a task's sums 1 rows" in shown
+    assert "noise / a class, at best" in shown
+
+
 def test_what_cannot_be_promised_has_the_exit_code_of_settings(file: Path) -> None:
     file.write_text(file.read_text().replace('strategy = "fedit", rank = 4', 'strategy = "flora-bounded"'))
     told = CliRunner().invoke(app, ["privacy", "plan", str(file)])

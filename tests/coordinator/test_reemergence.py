@@ -19,7 +19,7 @@ from pomona.continual.knowledge import Knowledge
 from pomona.continual.scores import scores_of
 from pomona.coordinator import forgetting, learning, task_loop
 from pomona.coordinator.federation import run_federation
-from pomona.coordinator.forgetting import Forgotten, ForgetRequest, forget
+from pomona.coordinator.forgetting import ForgetRequest, Forgotten, forget
 from pomona.coordinator.learning import LearnRequest, learn
 from pomona.coordinator.memory import Memory, open_encoder, recall
 from pomona.coordinator.reemergence import TOLERANCE, Recheck, reappears, recheck, recheck_of

@@ -1,5 +1,7 @@
 """A plan holds everything together; what it cannot promise it refuses, and says what would be sound."""
 
+import hashlib
+import json
 from typing import Any
 
 import pytest
@@ -304,3 +306,57 @@ def test_a_delta_that_publishes_units_whole_is_refused_of_whatever_unit(unit: st
     with pytest.raises(ValidationError, match="be published whole"):
         RunSettings.model_validate({"name": "wards", "training": {"max_steps": 1}, "privacy": given})
     RunSettings.model_validate({"name": "wards", "training": {"max_steps": 1}, "privacy": given | {"delta": 0.009}})
+
+
+TASKS = {"tasks": [["a", "b"], ["c"], ["d", "e", "f"]], "rounds_per_task": 4}
+
+
+def of_tasks(privacy: dict[str, Any] | None = None, continual: dict[str, Any] | None = None) -> RunSettings:
+    facts = {"name": "tasks", "privacy": CLIENT | (privacy or {}), "continual": TASKS | (continual or {})}
+    return RunSettings.model_validate(facts)
+
+
+def test_a_plan_for_tasks_pays_for_each_round_and_each_task_s_sums() -> None:
+    plan = plan_of(of_tasks({"sums_clip": 3.0, "spare_rounds": 2}))
+    assert (plan.mechanism, plan.sampler, plan.divisor, plan.sums_clip) == ("ffa-tasks", "poisson", 200.0, 3.0)
+    assert plan.rounds == (4 + 1) + 1 + (4 + 1)
+    assert 0.98 * 4.0 < plan.epsilon_after(plan.rounds + 2) <= 4.0
+    assert plan.sha256 != plan_of(of_tasks({"sums_clip": 4.0, "spare_rounds": 2})).sha256
+    assert PrivacyPlan.model_validate_json(plan.model_dump_json()) == plan
+
+
+def test_a_plan_without_tasks_has_the_hash_that_it_had_before_there_were_any() -> None:
+    """Else what was released under it could not be certified any more."""
+    plan = plan_of(run())
+    facts = plan.model_dump(mode="json")
+    assert facts.pop("sums_clip") is None
+    text = json.dumps(facts, sort_keys=True, separators=(",", ":"))
+    assert plan.sha256 == hashlib.sha256(text.encode()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("privacy", "continual", "says"),
+    [
+        ({"unit": "example", "population_size": None}, {}, "got privacy.unit. Choose unit='client'"),
+        ({"unit": "local", "population_size": None, "sample_rate": 1.0}, {}, "got privacy.unit. Choose unit='client'"),
+        ({"trust": "distributed", "sample_rate": 1.0}, {}, "got privacy.trust. Choose unit='client'"),
+        ({"bands": 2, "sample_rate": 1.0}, {}, "of a fixed clip; got privacy.bands. Choose"),
+        ({"adaptive_clip": {}}, {}, "of a fixed clip; got privacy.adaptive_clip. Choose"),
+        ({"ranks": (1, 8)}, {}, "of a fixed clip; got privacy.ranks. Choose"),
+        ({}, {"tasks": [], "classes_per_task": 2}, "name the classes of each task as continual.tasks"),
+        ({}, {"mos": {"head": "ridge"}}, "choose continual.mos.head='combined', 'gaussian' or 'aligned'"),
+        ({}, {"mos": {"head": "ridge-own"}}, "choose continual.mos.head='combined', 'gaussian' or 'aligned'"),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_with_tasks_is_refused_with_what_does(
+    privacy: dict[str, Any], continual: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        plan_of(of_tasks(privacy, continual))
+
+
+def test_a_bound_on_sums_goes_with_tasks() -> None:
+    with pytest.raises(ConfigError, match=r"the run has no \[continual\]; leave it out"):
+        plan_of(run({"sums_clip": 2.0}))
+    with pytest.raises(ConfigError, match=r"cohort.min_replies lets a round end by how many answered"):
+        plan_of(run(cohort={"min_replies": 2}, aggregation={}, rounds=3, continual=TASKS))
