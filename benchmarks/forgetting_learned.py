@@ -37,15 +37,13 @@ from pomona.mos_settings import MosSettings
 OUT = Path(__file__).parent / "results" / "forgetting-learned.json"
 REQUESTS = ("plant", "food", "animal", "substance")
 CHOSEN_ON = ("plant", "food")
-AT_HAND = 30
+AT_HAND = (30, 100)
 TUNING_SEED = 100
-GRID: tuple[dict[str, float], ...] = (
+GRID: tuple[dict[str, object], ...] = (
     {},
-    {"margin": 1.0},
-    {"margin": 0.3},
-    {"beta": 1.0},
-    {"margin": 1.0, "beta": 1.0},
-    {"steps": 60},
+    {"margin": 3.0},
+    {"retention": "labels"},
+    {"retention": "labels", "margin": 3.0},
 )
 
 
@@ -69,14 +67,17 @@ def tuning() -> Iterator[dict[str, object]]:
     """Yield every setting on each request that settings are chosen on."""
     for settings in GRID:
         for request in CHOSEN_ON:
-            yield {"split": "validation", "seed": TUNING_SEED, "requests": [request], "settings": settings}
+            for at_hand in AT_HAND:
+                asked = {"split": "validation", "seed": TUNING_SEED, "requests": [request]}
+                yield {**asked, "at_hand": at_hand, "settings": settings}
 
 
 def reported(seeds: Sequence[int]) -> Iterator[dict[str, object]]:
     """Yield each request by itself and all in sequence, with the defaults."""
     for seed in seeds:
-        for requests in (*([request] for request in REQUESTS), list(REQUESTS)):
-            yield {"split": "test", "seed": seed, "requests": requests, "settings": {}}
+        for at_hand in AT_HAND:
+            for requests in (*([request] for request in REQUESTS), list(REQUESTS)):
+                yield {"split": "test", "seed": seed, "requests": requests, "at_hand": at_hand, "settings": {}}
 
 
 def measure(piece: Mapping[str, object]) -> list[dict[str, object]]:
@@ -85,7 +86,7 @@ def measure(piece: Mapping[str, object]) -> list[dict[str, object]]:
     settings = ForgetSettings.model_validate(piece["settings"])
     stream, knowledge = learned(seed, split)
     names = knowledge.classes
-    at_hand = few_of_each(_examples(stream.train), AT_HAND, seed=seed)
+    at_hand = few_of_each(_examples(stream.train), int(str(piece["at_hand"])), seed=seed)
     held_out = _examples(stream.held_out)
     counts = {name: int((held_out.targets == i).sum()) for i, name in enumerate(names)}
     before = accuracies(stream.encoder, knowledge, held_out, names)
@@ -142,6 +143,7 @@ def report(out: Path, split: str) -> None:
             rows: list[Mapping[str, object]] = run["rows"]  # type: ignore[assignment]
             name = "single requests" if len(rows) == 1 else "the last of four in sequence"
             name = f"{run['settings'] or 'defaults'}" if split == "validation" else name
+            name = f"{name}, {run['at_hand']} rows a class"
             groups.setdefault(name, []).append(rows[-1])
     lines = [
         "| | acc_before | acc_forget | change of acc_retain | H | published: change of acc_retain | CPU s | n |",

@@ -49,14 +49,14 @@ class Method:
 
 _BOUNDS = ({"beta": 0.3, "margin": 3.0}, {"beta": 1.0, "margin": 3.0}, {"beta": 0.3, "margin": 1.0})
 METHODS = {
-    "GS-LoRA": Method(forget_classes, ForgetSettings, _BOUNDS, {}),
+    "GS-LoRA": Method(forget_classes, ForgetSettings, _BOUNDS, {"retention": "labels"}),
     "GS-LoRA++": Method(
         forget_classes,
         ForgetSettings,
         ({"push": 0.1, "pull": 0.1}, {"push": 0.3, "pull": 0.3}, {"push": 0.3, "pull": 1.0}),
-        {},
+        {"retention": "labels", "margin": 3.0},
     ),
-    "LoRA (no groups)": Method(forget_classes, ForgetSettings, _BOUNDS, {"sparsity": 0.0}),
+    "LoRA (no groups)": Method(forget_classes, ForgetSettings, _BOUNDS, {"retention": "labels", "sparsity": 0.0}),
     "L2": Method(
         forget_by_wrong_labels, WrongLabelSettings, ({"penalty": 1e-4}, {"penalty": 1e-3}, {"penalty": 1e-2}), {}
     ),

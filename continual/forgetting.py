@@ -128,9 +128,11 @@ def forget_owner(
                 "push and pull need prototypes of all examples, which are not at one place; set both to 0"
             )
         prototypes = _prototypes(encoder, classifier, examples, settings)
+    forgotten = examples.of(classifier.indices(forget))
+    answers = _answers_before(encoder, classifier, examples, forget) if settings.retention == "answers" else None
     return EditOwner(
-        encoder, classifier, examples, examples.of(classifier.indices(forget)),
-        losses=_losses(settings, prototypes), settings=settings, seed=seed,
+        encoder, classifier, examples, forgotten,
+        losses=_losses(settings, prototypes, answers), settings=settings, seed=seed,
     )  # fmt: skip
 
 
@@ -185,15 +187,17 @@ def divergence(prototypes: Tensor, features: Tensor) -> Tensor:
     return (wanted.exp() * (wanted - found)).sum(1)
 
 
-def _losses(settings: ForgetSettings, prototypes: _Prototypes | None) -> Losses:
+def _losses(settings: ForgetSettings, prototypes: _Prototypes | None, answers: Tensor | None) -> Losses:
     return Losses(
-        retain=partial(_retention, settings=settings, prototypes=prototypes),
+        retain=partial(_retention, settings=settings, prototypes=prototypes, answers=answers),
         forget=partial(_forgetting, settings=settings, prototypes=prototypes),
     )
 
 
-def _retention(step: Step, *, settings: ForgetSettings, prototypes: _Prototypes | None) -> Tensor:
-    loss = cross_entropy(step.logits, step.targets)
+def _retention(
+    step: Step, *, settings: ForgetSettings, prototypes: _Prototypes | None, answers: Tensor | None
+) -> Tensor:
+    loss = cross_entropy(step.logits, step.targets if answers is None else answers[step.rows])
     if prototypes is None:
         return loss
     return loss + settings.pull * divergence(prototypes.means[step.targets], step.features).mean()
@@ -213,6 +217,16 @@ def _shrink(number: int, learning_rate: float, adapter: Adapter, *, settings: Fo
     if not settings.sparsity or number < settings.warm_up * settings.steps:
         return adapter
     return shrink_groups(adapter, strength=settings.sparsity, learning_rate=learning_rate)
+
+
+def _answers_before(
+    encoder: FrozenEncoder, classifier: Classifier, examples: Examples, forget: Collection[str]
+) -> Tensor:
+    """Return the probabilities of the classes to retain before the edit, ``(examples, classes)`` float32."""
+    with torch.no_grad():
+        logits = classifier.logits(features_of(encoder, classifier, examples)).float()
+    logits[:, sorted(classifier.indices(forget))] = -math.inf
+    return logits.softmax(1)
 
 
 def _prototypes(

@@ -31,6 +31,8 @@ class ForgetSettings(EditSettings):
     Attributes:
         beta: Weight of the bounded forgetting loss.
         margin: Of the bound above ``ln K``, in nats.
+        retention: What retained examples are held to. ``answers``: what the classifier said of them before the edit,
+            without the classes to forget. ``labels``: their classes, as in the paper.
         hinge: Whether the bound holds for every example, or for the mean of a batch as in the paper, where some
             examples may pay for others.
         sparsity: ``lambda`` of the proximal step; 0: none.
@@ -41,7 +43,8 @@ class ForgetSettings(EditSettings):
     """
 
     beta: NonNegativeFloat = 0.3
-    margin: NonNegativeFloat = 3.0
+    margin: NonNegativeFloat = 1.0
+    retention: Literal["answers", "labels"] = "answers"
     hinge: Literal["example", "batch"] = "example"
     sparsity: NonNegativeFloat = 0.3
     warm_up: Annotated[float, Field(ge=0, le=1)] = 0.2

@@ -85,7 +85,7 @@ def test_the_covariance_of_classes_of_unequal_size_is_pooled_and_shrunk() -> Non
     plain = within_covariance(kept)
     sphere = float(plain.trace()) / WIDTH * torch.eye(WIDTH, dtype=torch.float64)
     assert_close(within_covariance(kept, sphere_examples=30.0), plain / 10 + sphere * 9 / 10)
-    pooled = sum((each.count - 1) * each.covariance() for each in kept)
+    pooled = torch.stack([(each.count - 1) * each.covariance() for each in kept]).sum(0)
     assert_close(plain, shrunk(pooled / 27, 27))
 
 

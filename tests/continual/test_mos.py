@@ -185,7 +185,8 @@ def test_the_combined_answer_is_its_formula(encoder: FrozenEncoder, splits: Spli
 
 def test_the_head_is_aligned_from_the_second_task_on(encoder: FrozenEncoder, splits: Splits) -> None:
     train, _ = streams(splits, PAIRS)
-    for head, changes in (("aligned", True), ("combined", False)):
+    heads: tuple[tuple[HeadKind, bool], ...] = (("aligned", True), ("combined", False))
+    for head, changes in heads:
         known = learned(encoder, train, settings_of(head))
         apart = torch.cat([task.head.weight for task in known.tasks])
         assert torch.equal(known.head.weight, apart) is not changes
