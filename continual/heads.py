@@ -307,7 +307,8 @@ def _solved(sums: NormalEquations, regularization: float) -> Tensor:
     if not int(failed):
         return torch.cholesky_solve(sums.cross, factor)
     values, vectors = torch.linalg.eigh(sums.gram)
-    return vectors @ (vectors.T @ sums.cross / (values.clamp(min=0) + regularization)[:, None])
+    weight: Tensor = vectors @ (vectors.T @ sums.cross / (values.clamp(min=0) + regularization)[:, None])
+    return weight
 
 
 def _projected(features: Tensor, projection: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ def test_a_sphere_counts_for_as_many_examples_as_it_says() -> None:
     plain = within_covariance(kept)
     sphere = float(plain.trace()) / WIDTH * torch.eye(WIDTH, dtype=torch.float64)
     assert_close(within_covariance(kept, sphere_examples=30.0), plain / 4 + sphere * 3 / 4)
-    pooled = sum((each.count - 1) * each.covariance() for each in kept)
+    pooled = torch.stack([(each.count - 1) * each.covariance() for each in kept]).sum(0)
     assert_close(plain, shrunk(pooled / 27, 27))
 
 
