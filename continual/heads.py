@@ -307,8 +307,8 @@ def _solved(sums: NormalEquations, regularization: float) -> Tensor:
     if not int(failed):
         return torch.cholesky_solve(sums.cross, factor)
     values, vectors = torch.linalg.eigh(sums.gram)
-    solved: Tensor = vectors @ (vectors.T @ sums.cross / (values.clamp(min=0) + regularization)[:, None])
-    return solved
+    weight: Tensor = vectors @ (vectors.T @ sums.cross / (values.clamp(min=0) + regularization)[:, None])
+    return weight
 
 
 def _projected(features: Tensor, projection: Tensor) -> Tensor:

@@ -269,7 +269,7 @@ def cholesky(covariance: Tensor, *, slack: float = 0.0) -> Tensor:
     """
     scale = covariance.diagonal().mean()
     eye = torch.eye(len(covariance), dtype=covariance.dtype)
-    jitters: list[Tensor | float] = [times * _JITTER * scale for times in (1.0, 1e2, 1e4)]
+    jitters = [times * _JITTER * float(scale) for times in (1.0, 1e2, 1e4)]
     for added in (*jitters, slack):
         factor: Tensor
         factor, failed = torch.linalg.cholesky_ex(covariance + (added + 1e-300) * eye)

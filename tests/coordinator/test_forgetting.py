@@ -13,13 +13,14 @@ import pytest
 from tests.coordinator.things import ROOT, SETTINGS, Write
 
 from pomona.coordinator.differences import compare_versions
-from pomona.coordinator.edits import SHORTFALL, shortfall
+from pomona.coordinator.edits import SHORTFALL, shortfall, verdict_of
 from pomona.coordinator.forgetting import ForgetRequest, forget
 from pomona.coordinator.layouts import export_version
 from pomona.coordinator.learning import LearnRequest, learn
 from pomona.coordinator.memory import recall
 from pomona.coordinator.predicting import predict
 from pomona.coordinator.reemergence import TOLERANCE
+from pomona.datasets import load_dataset
 from pomona.errors import AdapterNotFound, ConfigError, DataError, VersionQuarantined
 from pomona.storage.opening import open_registry
 from pomona.storage.registry import Registry
@@ -153,9 +154,30 @@ def test_a_second_request_says_what_became_of_the_first(learned: Registry, wish:
     assert second.acc_forgotten_earlier is not None
     assert second.acc_forgotten_earlier <= TOLERANCE
     assert second.reappeared == ()
+    assert second.exactness == "exact-given-frozen-features"  # the last class of its task: no head of it is left
+    left = learned.resolve(second.adapter)
+    assert left.exactness == "behavioural"  # as the version below, which holds what the first request left
+    rows = zip(
+        predict(learned, "things", str(wish.test)).rows, load_dataset(str(wish.test), split=None).labels, strict=True
+    )
+    kept = [row.label == label for row, label in rows if label in {"animal", "weather"}]
+    assert left.metrics["accuracy"] == sum(kept) / len(kept)
     assert labels(learned, "things", wish.data) == {"animal", "weather"}
     assert [item.subjects for item in learned.certificates("things")] == [("food",), ("tool",)]
     assert len(recall(learned, "things").knowledge.edits) == 2
+
+
+def test_the_verdict_names_what_was_trained_on_the_examples_and_answers(learned: Registry) -> None:
+    knowledge = recall(learned, "things").knowledge
+    (one, _), whole = (task.classes for task in knowledge.tasks)
+    adapters = "the adapter of task 1, the adapter of task 2"  # the second began at the first
+    found = verdict_of(knowledge, [one], [], edited=False)
+    assert (found.exactness, found.why.startswith(f"{adapters}, the head of task 1 were")) == ("behavioural", True)
+    found = verdict_of(knowledge, whole, [])
+    assert found.exactness == "exact-given-frozen-features"
+    assert "the adapter of task 1" not in found.why
+    assert "the adapter of task 2, the forget-adapter below" in found.why
+    assert verdict_of(knowledge, whole, ["the ridge sums of task 2"]).exactness == "behavioural"
 
 
 def test_what_cannot_be_forgotten_changes_nothing(
