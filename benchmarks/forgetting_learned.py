@@ -39,12 +39,7 @@ REQUESTS = ("plant", "food", "animal", "substance")
 CHOSEN_ON = ("plant", "food")
 AT_HAND = (30, 100)
 TUNING_SEED = 100
-GRID: tuple[dict[str, object], ...] = (
-    {},
-    {"margin": 3.0},
-    {"retention": "labels"},
-    {"retention": "labels", "margin": 3.0},
-)
+GRID: tuple[dict[str, object], ...] = ({}, {"margin": 1.0}, {"retention": "labels"})
 
 
 def main() -> None:

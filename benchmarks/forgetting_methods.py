@@ -54,7 +54,7 @@ METHODS = {
         forget_classes,
         ForgetSettings,
         ({"push": 0.1, "pull": 0.1}, {"push": 0.3, "pull": 0.3}, {"push": 0.3, "pull": 1.0}),
-        {"retention": "labels", "margin": 3.0},
+        {"retention": "labels"},
     ),
     "LoRA (no groups)": Method(forget_classes, ForgetSettings, _BOUNDS, {"retention": "labels", "sparsity": 0.0}),
     "L2": Method(

@@ -43,7 +43,7 @@ class ForgetSettings(EditSettings):
     """
 
     beta: NonNegativeFloat = 0.3
-    margin: NonNegativeFloat = 1.0
+    margin: NonNegativeFloat = 3.0
     retention: Literal["answers", "labels"] = "answers"
     hinge: Literal["example", "batch"] = "example"
     sparsity: NonNegativeFloat = 0.3

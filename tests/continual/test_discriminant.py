@@ -60,11 +60,31 @@ def test_it_is_about_as_good_as_angles_with_few_examples_and_better_with_many(n:
     assert found >= angles + gain
 
 
-def test_a_sphere_counts_for_as_many_examples_as_it_says() -> None:
+@pytest.mark.parametrize(("n", "share"), [(5, 0.8), (10, 0.5), (30, 0.1), (90, 1 / 82)])
+def test_the_share_of_the_sphere_falls_with_the_square_of_the_examples(n: int, share: float) -> None:
+    estimate = within_covariance(learned(n))
+    sphere = float(estimate.trace()) / WIDTH * torch.eye(WIDTH, dtype=torch.float64)
+    found = within_covariance(learned(n), sphere_examples=10.0)
+    assert_close(found, (1 - share) * estimate + share * sphere, rtol=1e-9, atol=1e-12)
+
+
+def test_classes_that_differ_where_they_vary_least_are_told_apart_with_many_examples() -> None:
+    def rows(n: int, label: int, seed: int) -> Tensor:
+        noise = torch.randn(n, WIDTH, generator=torch.Generator().manual_seed(100 * seed + label))
+        return noise * torch.tensor([1.0] * 8 + [0.05] * 4) + torch.eye(WIDTH)[8 + label] * 0.2
+
+    kept = [ClassStatistics.of(rows(100, c, 0)) for c in range(4)]
+    test = torch.cat([rows(100, c, 1) for c in range(4)])
+    found = accuracy_of(gaussian_head(kept, prior=3.0, sphere_examples=10.0).logits(test), 100)
+    linear_share = gaussian_head(kept, prior=3.0, sphere_examples=33.0)  # 10 examples in 110 were a share of 9 %, too
+    assert found >= accuracy_of(linear_share.logits(test), 100) + 0.05
+
+
+def test_the_covariance_of_classes_of_unequal_size_is_pooled_and_shrunk() -> None:
     kept = [ClassStatistics.of(rows_of(n, c)) for c, n in enumerate((6, 10, 14))]
     plain = within_covariance(kept)
     sphere = float(plain.trace()) / WIDTH * torch.eye(WIDTH, dtype=torch.float64)
-    assert_close(within_covariance(kept, sphere_examples=30.0), plain / 4 + sphere * 3 / 4)
+    assert_close(within_covariance(kept, sphere_examples=30.0), plain / 10 + sphere * 9 / 10)
     pooled = torch.stack([(each.count - 1) * each.covariance() for each in kept]).sum(0)
     assert_close(plain, shrunk(pooled / 27, 27))
 
