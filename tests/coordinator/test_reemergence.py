@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from tests.coordinator.things import SETTINGS, Write
 from pomona.adapters import LoraFactors
 from pomona.cli.learn import warn_of_reemergence
 from pomona.continual.knowledge import Knowledge
+from pomona.continual.mos import learn_task, with_task
+from pomona.continual.requests import MetRequest, forget_in_knowledge
 from pomona.continual.scores import scores_of
 from pomona.coordinator import forgetting, learning, task_loop
 from pomona.coordinator.federation import run_federation
@@ -81,10 +84,8 @@ def undoing(change: Callable[..., Knowledge]) -> Callable[..., Knowledge]:
 
 
 def undo_in_requests(patch: pytest.MonkeyPatch) -> None:
-    met_by = forgetting.forget_in_knowledge
-
-    def met(*args: object, **more: object) -> object:
-        found = met_by(*args, **more)  # type: ignore[arg-type]
+    def met(*args: Any, **more: Any) -> MetRequest:
+        found = forget_in_knowledge(*args, **more)
         return replace(found, edited=undone(found.edited), left=undone(found.left))
 
     patch.setattr(forgetting, "forget_in_knowledge", met)
@@ -132,7 +133,7 @@ def test_a_task_that_undoes_a_request_raises_the_alarm(
     registry: Registry, more: LearnRequest, monkeypatch: pytest.MonkeyPatch, undoes: bool
 ) -> None:
     if undoes:
-        monkeypatch.setattr(learning, "learn_task", undoing(learning.learn_task))
+        monkeypatch.setattr(learning, "learn_task", undoing(learn_task))
     found = learn(registry, more)
     stated = registry.resolve(found.adapter).metrics["acc_forgotten_earlier"]
     assert (found.reappeared, stated > 0.8) == ((("food",), True) if undoes else ((), False))
@@ -158,7 +159,7 @@ def test_a_task_of_clients_that_undoes_a_request_raises_the_alarm(
             "continual": {"tasks": (("weather",),), "rounds_per_task": 1, "mos": mos},
         }
     )
-    monkeypatch.setattr(task_loop, "with_task", undoing(task_loop.with_task))
+    monkeypatch.setattr(task_loop, "with_task", undoing(with_task))
     (version,) = run_federation(InProcessGrid(make_nodes(1)), settings, registry, run_id="run-1")
     assert version.metrics["acc_forgotten_earlier"] > 0.8
     assert recheck_of(version).reappeared == ("food",)
