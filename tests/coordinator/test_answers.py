@@ -12,7 +12,8 @@ from pomona.continual.edit_rounds import EditState, Gradient, GradientShare
 from pomona.continual.heads import LinearHead
 from pomona.continual.knowledge import Knowledge, TaskKnowledge
 from pomona.continual.moves import ClassMove, TaskMoves
-from pomona.continual.request_payload import RequestFacts, encode_gradients, encode_moves, encode_scores
+from pomona.continual.moves_payload import encode_moves
+from pomona.continual.request_payload import RequestFacts, encode_gradients, encode_scores
 from pomona.continual.scores import Scores
 from pomona.continual.share import TaskStart, summed_share
 from pomona.continual.share_payload import ShareFacts, TrainedFacts, encode_sums, encode_trained
