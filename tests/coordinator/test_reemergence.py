@@ -84,7 +84,7 @@ def undoing(change: Callable[..., Knowledge]) -> Callable[..., Knowledge]:
 
 
 def undo_in_requests(patch: pytest.MonkeyPatch) -> None:
-    def met(*args: Any, **more: Any) -> MetRequest:
+    def met(*args: Any, **more: Any) -> MetRequest:  # noqa: ANN401 - as what it stands for
         found = forget_in_knowledge(*args, **more)
         return replace(found, edited=undone(found.edited), left=undone(found.left))
 
