@@ -190,6 +190,25 @@ def test_a_client_that_lies_is_left_out_with_its_reason(
     assert verify(registry).problems == ()
 
 
+def test_who_does_not_score_the_edit_does_not_count_before_it(
+    registry: Registry, make_settings: MakeSettings, make_nodes: MakeNodes
+) -> None:
+    """Else accuracies before and after would be on the rows of different clients."""
+
+    def tamper(kind: str, answer: Answer) -> Reply:
+        if "edit-scores" not in _facts(answer[2]):
+            return answer
+        if json.loads(_facts(answer[2]))["number"] == 0:
+            return with_tensors(lambda t: t["right"].zero_())(answer)
+        return with_tensors(lambda t: t["counts"].add_(1))(answer)
+
+    run_federation(InProcessGrid(make_nodes(2, client_1=tamper)), make_settings(), registry, run_id=RUN)
+    (certificate,) = registry.certificates("things")
+    figures = certificate.evidence["accuracy on what is kept"]
+    assert isinstance(figures, dict)
+    assert figures["before"] > 0.9
+
+
 def test_a_client_that_vanishes_in_the_middle_is_left_out_and_may_be_forgotten_later(
     registry: Registry, make_settings: MakeSettings, make_nodes: MakeNodes
 ) -> None:

@@ -54,6 +54,14 @@ def test_nan_and_negative_zero_stay_as_they_are() -> None:
     assert found.tensors["x"].view(torch.int32).tolist() == after.tensors["x"].view(torch.int32).tolist()
 
 
+def test_an_increment_that_does_not_make_the_state_that_it_says_is_refused() -> None:
+    one, other = State({"x": torch.ones(2)}), State({"x": torch.zeros(2)})
+    payload = bytearray(encode_increment(one, other))
+    payload[-1] ^= 1
+    with pytest.raises(PayloadError, match="demo/2 was learned on another version"):
+        apply_increment(one, bytes(payload), source="demo/2")
+
+
 def test_what_could_not_be_read_again_is_not_written() -> None:
     with pytest.raises(PayloadError, match="16 MiB beside them, got 1 and 17 MiB; use shorter labels"):
         encode_increment(NOTHING, State({"x": torch.ones(1)}, {"classes": ["a" * (17 << 20)]}))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tests.coordinator.things import ANIMAL_FOOD, TOOL_WEATHER, Write
 
-from pomona.coordinator.continual_settings import ContinualSettings, load_continual_settings
+from pomona.coordinator.continual_settings import ContinualSettings, EncoderSettings, load_continual_settings
 from pomona.coordinator.forgetting import ForgetRequest, forget
 from pomona.coordinator.learning import LearnRequest, learn
 from pomona.coordinator.memory import recall
@@ -109,6 +109,9 @@ def test_a_stream_that_was_cut_off_goes_on_with_the_same_data_and_settings_only(
     for name, other in others.items():
         with pytest.raises(VersionConflict, match=f"has learned 1 of 2 tasks with other .*{name}"):
             learn(registry, other)
+    longer = things.settings.model_copy(update={"encoder": EncoderSettings(max_length=16)})
+    with pytest.raises(VersionConflict, match="with other settings"):
+        learn(registry, replace(things, settings=longer))
     assert learn(registry, things).adapter == "things/2"
 
 
