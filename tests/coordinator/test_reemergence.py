@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -84,11 +83,12 @@ def undoing(change: Callable[..., Knowledge]) -> Callable[..., Knowledge]:
 
 
 def undo_in_requests(patch: pytest.MonkeyPatch) -> None:
-    def met(*args: Any, **more: Any) -> MetRequest:  # noqa: ANN401 - as what it stands for
-        found = forget_in_knowledge(*args, **more)
-        return replace(found, edited=undone(found.edited), left=undone(found.left))
+    def undone_at_once(met: MetRequest) -> MetRequest:
+        return replace(met, edited=undone(met.edited), left=undone(met.left))
 
-    patch.setattr(forgetting, "forget_in_knowledge", met)
+    patch.setattr(
+        forgetting, "forget_in_knowledge", lambda *args, **more: undone_at_once(forget_in_knowledge(*args, **more))
+    )
 
 
 def opened(registry: Registry, base: Path, data: str) -> tuple[Memory, Rows]:
