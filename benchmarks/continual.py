@@ -18,12 +18,25 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from continual_methods import CLOSED_FORM, ONCE, PAIRED, PIECES, RATES, TUNED_AS, check_exactness, run_piece
+from continual_methods import (
+    CLOSED_FORM,
+    MOS,
+    MOS_GROUPS,
+    ONCE,
+    PAIRED,
+    PIECES,
+    RATES,
+    TUNED_AS,
+    check_exactness,
+    run_piece,
+)
 from continual_report import report
 from continual_streams import ADAPTED_BLOCKS, EXAMPLES, FASHION, STREAMS, Stream, stream_of
 from continual_verbs import WORDNET
 from rich.console import Console
 from strategies import keep_run, read_runs
+
+from pomona.errors import PomonaError
 
 RESULTS = Path(__file__).parent / "results"
 TUNING_SEED = TUNING_ORDER = 100
@@ -70,8 +83,13 @@ def tune(options: argparse.Namespace) -> None:
                 "stream": options.stream, "split": "validation", "piece": piece, "seed": TUNING_SEED,
                 "order": TUNING_ORDER, "learning_rate": rate,
             }  # fmt: skip
-            if not _done(options.out, wanted):
+            if _done(options.out, wanted):
+                continue
+            try:
                 run(options, wanted, rate=rate)
+            except PomonaError as error:  # training diverged, or left features that all are one
+                method = MOS if piece in MOS_GROUPS else piece
+                keep_run(options.out, {**wanted, **SIZE, "method": method, "last": 0.0, "ended": str(error)})
 
 
 def rates(out: Path, stream: str) -> dict[str, float]:
@@ -80,7 +98,7 @@ def rates(out: Path, stream: str) -> dict[str, float]:
     for found in read_runs(out):
         if found["stream"] == stream and found["split"] == "validation":
             piece, scored = str(found["piece"]), (float(str(found["last"])), float(str(found["learning_rate"])))
-            if piece in TUNED_AS or found["method"] not in (piece, "MOS, as the paper"):
+            if piece in TUNED_AS or found["method"] not in (piece, MOS):
                 continue
             best[piece] = max(best.get(piece, (0.0, 0.0)), scored)
     if missing := set(PIECES) - CLOSED_FORM - set(TUNED_AS) - set(best):
