@@ -257,14 +257,40 @@ def test_unchecked_sums_would_have_broken_the_task() -> None:
     assert float(torch.linalg.eigvalsh((honest + lying).covariance())[0]) < -1.0
 
 
-def test_a_client_that_goes_silent_after_training_keeps_its_part_in_the_version(
+def test_a_client_has_as_many_rows_of_a_task_all_the_time(
     registry: Registry, make_settings: MakeSettings, make_nodes: MakeNodes
+) -> None:
+    settings = make_settings(continual={"tasks": TASKS[:1], "rounds_per_task": 1, "mos": MOS})
+    nodes = make_nodes(2, client_1=changed(TASK, lambda _, facts: facts.update(num_examples=5)))
+    (version,) = run_federation(InProcessGrid(nodes), settings, registry, run_id=RUN)
+    (told,) = nodes[1].told
+    assert "it had 5 examples of task 1 before, and now states 25" in told
+    assert version.recipe["clients"] == {"trained": ["client-0", "client-1"], "summed": ["client-0"]}
+
+
+@pytest.mark.parametrize("cut", [False, True], ids=["whole", "cut off"])
+def test_a_client_that_goes_silent_after_training_keeps_its_part_in_the_version(
+    registry: Registry,
+    make_settings: MakeSettings,
+    make_nodes: MakeNodes,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    cut: bool,
 ) -> None:
     settings = make_settings(
         continual={"tasks": TASKS[:1], "rounds_per_task": 1, "mos": MOS},
         cohort={"join_timeout_s": 5.0, "round_deadline_s": 1.0},
     )
     nodes = make_nodes(2, client_1=lambda kind, answer: None if kind == SUMS else answer)
+
+    def die(name: str) -> None:
+        if name == "round-frozen":
+            raise ServerGone("as if it had died")
+
+    if cut:
+        with monkeypatch.context() as dying, pytest.raises(ServerGone):
+            dying.setattr(task_loop, "reach", die)
+            run_federation(InProcessGrid(nodes), settings, registry, run_id=RUN)
     (version,) = run_federation(InProcessGrid(nodes), settings, registry, run_id=RUN)
     sent = {(each.client, each.status): each for each in registry.submissions(RUN, 1)}
     assert sent.keys() == {("client-0", "accepted"), ("client-1", "accepted"), ("client-1", "late")}
