@@ -150,10 +150,10 @@ def test_tensors_there_and_back(kind: Moments) -> None:
 def test_what_are_no_statistics_is_refused() -> None:
     kept = ClassStatistics.of(features(3))
     with pytest.raises(DataError, match="cannot take 4 examples out of statistics of 3"):
-        kept - ClassStatistics.of(features(4))
+        _ = kept - ClassStatistics.of(features(4))
     for other in (kept.diagonal(), ClassStatistics.of(features(3, width=5))):
         with pytest.raises(DataError, match="one width and kind"):
-            kept + other
+            _ = kept + other
     with pytest.raises(DataError, match="no mean"):
         ClassStatistics.of(features(0)).mean()
     with pytest.raises(ValueError, match="float64 sums"):
