@@ -127,6 +127,8 @@ def aligned(knowledge: Knowledge) -> Knowledge:
     classes: Sequence[GaussianClass] = knowledge.statistics
     if settings.regularized_replay:
         classes = normal_classes(knowledge.statistics, prior=settings.prior, sphere_examples=settings.sphere_examples)
+    elif settings.replay_directions is not None:
+        classes = [each.compressed(settings.replay_directions) for each in knowledge.statistics]
     head = aligned_head(knowledge.head, classes, settings=settings.alignment, generator=generator)
     return dataclasses.replace(knowledge, head=head)
 

@@ -209,27 +209,6 @@ class CompressedStatistics:
         noise = torch.randn(n, rank + width, generator=generator, dtype=torch.float64)
         return self.centre + noise[:, :rank] @ self.directions + noise[:, rank:] * self.rest.sqrt()
 
-    def to_tensors(self) -> dict[str, Tensor]:
-        """Return the statistics as tensors, ``count`` int64 and the others float64."""
-        return {
-            "count": torch.tensor([self.count]),
-            "centre": self.centre,
-            "directions": self.directions,
-            "rest": self.rest,
-        }
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "CompressedStatistics":
-        """Read what :meth:`to_tensors` gave.
-
-        Raises:
-            PayloadError: Something is missing.
-        """
-        try:
-            return cls(int(tensors["count"]), tensors["centre"], tensors["directions"], tensors["rest"])
-        except (KeyError, RuntimeError) as error:
-            raise PayloadError(f"expected count, centre, directions and rest of a class: {error}") from error
-
 
 def class_statistics(
     features: Tensor, targets: Tensor, classes: range, *, moments: Moments = "full"

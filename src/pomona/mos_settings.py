@@ -78,6 +78,8 @@ class MosSettings(Section):
         ensemble: Whether prototypes under the first adapter have a say, for ``aligned``.
         regularized_replay: Whether features to align with are drawn with covariances drawn to that of all classes, as
             the ``gaussian`` head has them, rather than with each class's own, as the paper does.
+        replay_directions: With ``regularized_replay = false``: leading directions of a class's covariance that features
+            to align with are drawn along, the rest as variances (low-rank plus diagonal); None: all of it.
         prior: Examples that the covariance within all classes counts for in that of a class, as a multiple of the
             width of features.
         sphere_examples: Examples of each class with which a sphere is half of the covariance within all classes; its
@@ -103,6 +105,7 @@ class MosSettings(Section):
     refinement_steps: Annotated[int, Field(ge=1, le=4)] = 4
     ensemble: bool = True
     regularized_replay: bool = True
+    replay_directions: PositiveInt | None = None
     prior: PositiveFloat = 3.0
     sphere_examples: NonNegativeFloat = 10.0
     experts: PositiveInt = 3
@@ -115,6 +118,13 @@ class MosSettings(Section):
     def _compat_is_of_the_paper(self) -> Self:
         if self.official_compat and (self.head != "aligned" or not self.merge_weight):
             raise ValueError("official_compat is of head='aligned' with merge_weight above 0; set these too")
+        if self.replay_directions is not None and (
+            self.head != "aligned" or self.regularized_replay or self.moments != "full"
+        ):
+            raise ValueError(
+                "replay_directions would change nothing here; it is of head='aligned' with regularized_replay=false "
+                "and moments='full'"
+            )
         if self.head != "combined" and (given := [n for n in ("experts", "expert_weight") if changed(self, n)]):
             raise ValueError(f"{', '.join(given)} would change nothing with head={self.head!r}; leave out")
         return self

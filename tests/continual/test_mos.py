@@ -11,8 +11,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from pomona.continual.alignment import aligned_head
 from pomona.continual.discriminant import gaussian_head
 from pomona.continual.encoder import FrozenEncoder, States
+from pomona.continual.heads import LinearHead
 from pomona.continual.knowledge import Knowledge, nothing_known
 from pomona.continual.learner import TaskData, accuracy, data_of_tasks, run_stream
 from pomona.continual.merging import share_a
@@ -22,6 +24,7 @@ from pomona.continual.tasks import Task, learning_order
 from pomona.datasets import Dataset, load_dataset
 from pomona.errors import ConfigError, DataError
 from pomona.mos_settings import HeadKind, LoopSettings, MosSettings
+from pomona.seeds import generator_of
 
 TASKS = (Task(1, ("animal", "food")), Task(2, ("tool",)), Task(3, ("weather",)))
 PAIRS = (Task(1, ("animal", "food")), Task(2, ("tool", "weather")))
@@ -190,6 +193,29 @@ def test_the_head_is_aligned_from_the_second_task_on(encoder: FrozenEncoder, spl
         known = learned(encoder, train, settings_of(head))
         apart = torch.cat([task.head.weight for task in known.tasks])
         assert torch.equal(known.head.weight, apart) is not changes
+
+
+def test_features_to_align_with_can_be_of_low_rank_and_a_diagonal(encoder: FrozenEncoder, splits: Splits) -> None:
+    train, _ = streams(splits, PAIRS)
+    whole = learned(encoder, train, settings_of("aligned", regularized_replay=False))
+    settings = settings_of("aligned", regularized_replay=False, replay_directions=2)
+    start = torch.cat([task.head.weight for task in whole.tasks]), torch.cat([task.head.bias for task in whole.tasks])
+    expected = aligned_head(
+        LinearHead(*start),
+        [each.compressed(2) for each in whole.statistics],
+        settings=settings.alignment,
+        generator=generator_of("alignment", settings.seed, 4),
+    )
+    found = learned(encoder, train, settings).head
+    assert torch.equal(found.weight, expected.weight)
+    assert not torch.equal(found.weight, whole.head.weight)
+
+
+@pytest.mark.parametrize("given", [{}, {"head": "aligned"}, {"head": "aligned", "moments": "diagonal"}])
+def test_directions_of_replay_are_refused_where_they_change_nothing(given: dict[str, object]) -> None:
+    regularized = "moments" not in given
+    with pytest.raises(ValidationError, match="replay_directions would change nothing"):
+        MosSettings.model_validate({"replay_directions": 2, "regularized_replay": regularized, **given})
 
 
 def test_a_forgotten_class_is_never_the_answer(encoder: FrozenEncoder, splits: Splits) -> None:

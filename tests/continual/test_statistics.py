@@ -9,7 +9,6 @@ from torch.testing import assert_close
 
 from pomona.continual.statistics import (
     ClassStatistics,
-    CompressedStatistics,
     GaussianClass,
     cholesky,
     class_statistics,
@@ -143,8 +142,6 @@ def test_tensors_there_and_back(kind: Moments) -> None:
     assert back.count == 7
     assert torch.equal(back.total, kept.total)
     assert torch.equal(back.moment, kept.moment)
-    compressed = ClassStatistics.of(features(7)).compressed(2)
-    assert torch.equal(CompressedStatistics.from_tensors(compressed.to_tensors()).directions, compressed.directions)
 
 
 def test_what_are_no_statistics_is_refused() -> None:
