@@ -4,6 +4,7 @@ import json
 import shutil
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,8 @@ def test_what_the_ledger_does_not_bear_out_is_not_certified(registry: Registry) 
         certify(version, [])
     with pytest.raises(RegistryDamaged, match="was released"):
         certify(version, rows[:1])
+    with pytest.raises(RegistryDamaged, match="was released"):
+        certify(replace(version, sha256=digest(b"other bytes")), rows)
     plain = registry.publish_round
     registry.open_round("run-2", 1, parent=None, cohort=[])
     new = NewVersion(
