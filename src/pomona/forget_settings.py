@@ -19,7 +19,7 @@ class EditSettings(Section):
     """
 
     rank: Annotated[int, Field(ge=1, le=256)] = 8
-    steps: PositiveInt = 120
+    steps: Annotated[int, Field(ge=1, le=100_000)] = 120
     batch_size: PositiveInt = 24
     forget_batch_size: PositiveInt = 8
     learning_rate: PositiveFloat = 5e-3

@@ -153,6 +153,15 @@ def test_the_divergence_is_its_sum_and_zero_only_at_the_prototype(seed: int) -> 
 
 
 def test_settings_are_closed_and_checked() -> None:
-    for wrong in ({"bound": 3}, {"beta": -1.0}, {"warm_up": 2.0}, {"hinge": "all"}, {"steps": 0}, {"margin": math.nan}):
+    for wrong in (
+        {"bound": 3},
+        {"beta": -1.0},
+        {"warm_up": 2.0},
+        {"hinge": "all"},
+        {"retention": "both"},
+        {"steps": 0},
+        {"steps": 10**6},
+        {"margin": math.nan},
+    ):
         with pytest.raises(ValidationError):
             ForgetSettings.model_validate(wrong)
