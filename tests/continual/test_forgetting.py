@@ -11,13 +11,15 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from tests.continual.taught import Taught, bytes_of, same_bytes, taught
 
-from pomona.continual.editing import Classifier, Head, few_of_each
+from pomona.continual.edit_rounds import start_edit
+from pomona.continual.editing import Classifier, Examples, Head, few_of_each
 from pomona.continual.forgetting import (
     Forgotten,
     bounded_loss,
     chance_bound,
     divergence,
     forget_classes,
+    forget_owner,
 )  # fmt: skip
 from pomona.continual.heads import CosineHead, class_means, random_projection, ridge_head, ridge_sums
 from pomona.forget_settings import ForgetSettings
@@ -91,6 +93,42 @@ def test_a_few_examples_of_some_classes_do(known: Taught) -> None:
     )
     assert after["food"] <= 0.2
     assert min(after["tool"], after["weather"]) >= 0.7
+
+
+def test_retention_is_the_cross_entropy_from_the_answers_before_the_edit(known: Taught) -> None:
+    every = TINY.model_copy(update={"batch_size": 1000, "forget_batch_size": 1000})
+    food, targets = known.classifier.classes.index("food"), known.train.targets
+    kept = targets != food
+    with torch.no_grad():
+        features = known.encoder.all_features(known.train.states, known.classifier.adapters[0])
+        logits = known.classifier.logits(features)[kept].double()
+    others = [i for i in range(len(known.classifier.classes)) if i != food]
+    wanted = torch.zeros_like(logits).index_copy(1, torch.tensor(others), logits[:, others].softmax(1))
+    expected = {
+        "answers": float(-(wanted * logits.log_softmax(1)).sum(1).mean()),
+        "labels": float(-logits.log_softmax(1)[torch.arange(len(logits)), targets[kept]].mean()),
+    }
+    for retention, value in expected.items():
+        chosen = ForgetSettings.model_validate({**every.model_dump(), "retention": retention})
+        owner = forget_owner(known.encoder, known.classifier, known.train, ["food"], settings=chosen, seed=0)
+        share = owner.share(0, start_edit(known.encoder, rank=4, seed=0).adapter)
+        assert share.retained is not None
+        assert share.retained.loss == pytest.approx(value, rel=1e-4)
+
+
+def test_labels_teach_what_is_at_hand_and_answers_keep_what_was_said(known: Taught) -> None:
+    """Rows to retain whose label the classifier does not share: held to labels, it is another one afterwards."""
+    tool, weather = (known.classifier.classes.index(name) for name in ("tool", "weather"))
+    targets = known.train.targets.clone()
+    targets[known.train.targets == tool] = weather
+    rows = Examples(known.train.states, targets)
+    found = {}
+    for retention in ("answers", "labels"):
+        chosen = ForgetSettings.model_validate({**TINY.model_dump(), "retention": retention})
+        edited = forget_classes(known.encoder, known.classifier, rows, ["food"], settings=chosen, seed=0)
+        found[retention] = known.accuracies(edited.classifier)["tool"]
+    assert found["answers"] >= 0.8
+    assert found["labels"] <= 0.3
 
 
 def test_heads_without_rows_of_their_own_forget_too(known: Taught) -> None:
