@@ -1,6 +1,6 @@
 """A coordinator in the tests' process asks its stand-in grid without long pauses; files to learn one by one."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,11 +8,20 @@ import pytest
 
 from pomona.coordinator import membership, replies
 from pomona.datasets import load_dataset, write_jsonl
+from pomona.storage.opening import open_registry
+from pomona.storage.registry import Registry
 
 if TYPE_CHECKING:
     from tests.coordinator.grid import MakeNodes, Node, Tamper
 
     from pomona.coordinator.learning import LearnRequest
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Iterator[Registry]:
+    """Return an empty registry."""
+    with open_registry(tmp_path / "registry") as registry:
+        yield registry
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """A client is forgotten: what is left equals, to the byte, what a run without it would have published."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -25,12 +25,6 @@ pytestmark = pytest.mark.usefixtures("quick_polls")
 RUN = "run-1"
 MakeProfile = Callable[..., Profile]
 MakeSettings = Callable[..., RunSettings]
-
-
-@pytest.fixture
-def registry(tmp_path: Path) -> Iterator[Registry]:
-    with open_registry(tmp_path / "registry") as registry:
-        yield registry
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import json
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import pytest
@@ -32,12 +32,6 @@ pytestmark = pytest.mark.usefixtures("quick_polls")
 
 MakeProfile = Callable[..., Profile]
 DAY_S = 24 * 3600.0
-
-
-@pytest.fixture
-def registry(tmp_path: Path) -> Iterator[Registry]:
-    with open_registry(tmp_path / "registry") as registry:
-        yield registry
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Tasks whose data are spread over clients, in one process: what comes of them is what central learning gives."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,12 +44,6 @@ RUN = "run-1"
 MOS = {"rank": 2, "training": {"epochs": 1, "min_steps": 8}}
 
 MakeSettings = Callable[..., RunSettings]
-
-
-@pytest.fixture
-def registry(tmp_path: Path) -> Iterator[Registry]:
-    with open_registry(tmp_path / "registry") as registry:
-        yield registry
 
 
 @pytest.fixture

@@ -52,12 +52,6 @@ Facts = dict[str, object]
 MakeProfile = Callable[..., Profile]
 
 
-@pytest.fixture
-def registry(tmp_path: Path) -> Iterator[Registry]:
-    with open_registry(tmp_path / "registry") as registry:
-        yield registry
-
-
 MakeSettings = Callable[..., RunSettings]
 
 

@@ -1,7 +1,7 @@
 """Rounds under client-level privacy: what they sum, what they cost, and what of a client they write down."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,12 +40,6 @@ MECHANISMS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
 
 MakeProfile = Callable[..., Profile]
 MakeSettings = Callable[..., RunSettings]
-
-
-@pytest.fixture
-def registry(tmp_path: Path) -> Iterator[Registry]:
-    with open_registry(tmp_path / "registry") as registry:
-        yield registry
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,12 +46,6 @@ CANARY = "zyzzogeton"
 NOTHING = {"noise_multiplier": 1e-12, "clip": 1e3, "sums_clip": 1e3, "epsilon": 1e30}
 
 MakeSettings = Callable[..., RunSettings]
-
-
-@pytest.fixture
-def registry(tmp_path: Path) -> Iterator[Registry]:
-    with open_registry(tmp_path / "registry") as registry:
-        yield registry
 
 
 @pytest.fixture

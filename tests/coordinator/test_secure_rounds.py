@@ -51,12 +51,6 @@ Numbers = dict[str, torch.Tensor]
 
 
 @pytest.fixture
-def registry(tmp_path: Path) -> Iterator[Registry]:
-    with open_registry(tmp_path / "registry") as registry:
-        yield registry
-
-
-@pytest.fixture
 def make_settings(tiny_bert: Path, toy_data: Path) -> MakeSettings:
     """Return a maker of settings for three clients, nested FFA and a rate at which something is learned."""
 
